@@ -1,0 +1,73 @@
+"""Legality: may a scheme be used for a layer group on a target, by which kernels, and if not, why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autotune.search_space.coverage import KernelSpec
+from autotune.search_space.groups import LayerGroup
+from autotune.search_space.schemes import Scheme
+from autotune.targets.target import Target
+
+# runs: a kernel exists here. estimated: a kernel exists for that target, which is not this machine (searched from the
+# roofline, never applied). memory_only: runs by dequantizing, saves bytes but no time. illegal: not possible.
+Status = Literal["runs", "estimated", "memory_only", "illegal"]
+
+
+@dataclass(frozen=True)
+class Legality:
+    status: Status
+    reason: str
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        return self.status in ("runs", "estimated")
+
+
+def legality(
+    scheme: Scheme, group: LayerGroup, dtype: str, target: Target, kernels: Sequence[KernelSpec], local: bool
+) -> Legality:
+    """`local`: the target is this machine, so its kernels can be run and not only estimated."""
+    if reason := _format_misfit(scheme, group):
+        return Legality("illegal", reason)
+    named = [kernel for kernel in kernels if scheme.name in kernel.schemes and kernel.device == target.device]
+    if not named:
+        return Legality("illegal", f"no {target.device} kernel implements {scheme.name}")
+    misfits = {kernel.name: _misfit(kernel, group, dtype, target) for kernel in named}
+    fitting = tuple(name for name, reason in misfits.items() if not reason)
+    if not fitting:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in misfits.items())
+        return Legality("illegal", reasons)
+    if local:
+        return Legality("runs", f"kernels here: {', '.join(fitting)}", fitting)
+    return Legality("estimated", f"kernels on {target.name}: {', '.join(fitting)}; not this machine", fitting)
+
+
+def _format_misfit(scheme: Scheme, group: LayerGroup) -> str:
+    size = scheme.weight.group_size
+    if size and group.in_features % size:
+        return f"{group.in_features} inputs are not a multiple of the scale group {size}"
+    if scheme.sparsity == "2:4" and group.in_features % 4:
+        return f"{group.in_features} inputs are not a multiple of 4, as 2:4 needs"
+    return ""
+
+
+def _misfit(kernel: KernelSpec, group: LayerGroup, dtype: str, target: Target) -> str:
+    limits = kernel.limits
+    if dtype not in kernel.dtypes:
+        return f"takes {' or '.join(kernel.dtypes)} activations, the model runs in {dtype}"
+    if missing := [name for name in limits.features if name not in target.features]:
+        return f"{target.name} lacks {', '.join(missing)}"
+    capability = target.compute_capability or 0.0
+    if limits.min_compute_capability and capability < limits.min_compute_capability:
+        return f"needs compute capability {limits.min_compute_capability}, {target.name} has {capability}"
+    if limits.max_compute_capability and capability > limits.max_compute_capability:
+        return f"works up to compute capability {limits.max_compute_capability}, {target.name} has {capability}"
+    if group.in_features % limits.in_multiple:
+        return f"{group.in_features} inputs are not a multiple of {limits.in_multiple}"
+    if group.out_features % limits.out_multiple:
+        return f"{group.out_features} outputs are not a multiple of {limits.out_multiple}"
+    return ""
