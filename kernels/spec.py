@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from autotune.errors import InputError, did_you_mean
-from autotune.search_space.coverage import KernelSpec
+from autotune.search_space.coverage import KernelSpec, Limits
+from autotune.store import digest, file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +54,95 @@ class KernelModule(Protocol):
         ...
 
     def run(self, packed: Packed, x: torch.Tensor) -> torch.Tensor:
-        """y = x W^T + b for x (rows, in_features) of the packed dtype, any number of rows; returns (rows, out_features)."""
+        """y = x W^T + b: x (rows, in_features) of the packed dtype, any number of rows, to (rows, out_features)."""
         ...
 
 
-KERNELS: tuple[KernelSpec, ...] = ()
+_INT4 = ("w4a16-int4-g32", "w4a16-int4-g64", "w4a16-int4-g128")
+_TORCH = "autotune.kernels.torch."
+
+KERNELS: tuple[KernelSpec, ...] = (
+    KernelSpec("torch.cpu.bf16", ("bf16",), "cpu", ("bf16",), _TORCH + "dense"),
+    KernelSpec("torch.cpu.fp32", ("fp32",), "cpu", ("fp32",), _TORCH + "dense", compute_format="fp32"),
+    KernelSpec("onednn.bf16", ("bf16",), "cpu", ("bf16",), _TORCH + "onednn_dense", Limits(features=("avx512f",))),
+    KernelSpec(
+        "onednn.fp32",
+        ("fp32",),
+        "cpu",
+        ("fp32",),
+        _TORCH + "onednn_dense",
+        Limits(features=("avx2",)),
+        compute_format="fp32",
+    ),
+    KernelSpec(
+        "onednn.w8a8",
+        ("w8a8-int8",),
+        "cpu",
+        ("bf16", "fp32"),
+        _TORCH + "onednn_w8a8",
+        Limits(features=("avx512_vnni",)),
+        compute_format="int8",
+    ),
+    KernelSpec("torch.cpu.w8a16", ("w8a16-int8",), "cpu", ("bf16", "fp32"), _TORCH + "w8a16", Limits(in_multiple=16)),
+    KernelSpec("torch.cpu.w4a16", _INT4, "cpu", ("bf16", "fp32"), _TORCH + "w4a16", Limits(features=("avx2",))),
+    KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
+    KernelSpec(
+        "cuda.fp8",
+        ("w8a8-fp8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuda_fp8",
+        Limits(16, 16, ("fp8",), min_compute_capability=8.9),
+        compute_format="fp8",
+    ),
+    KernelSpec(
+        "cuda.int8",
+        ("w8a8-int8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuda_int8",
+        Limits(8, 8, min_compute_capability=8.0),
+        compute_format="int8",
+    ),
+    KernelSpec(
+        "cuslt.bf16",
+        ("2:4",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuslt",
+        Limits(16, 16, ("sparse24",), min_compute_capability=8.0),
+        sparse_compute=True,
+    ),
+    KernelSpec(
+        "cuslt.int8",
+        ("2:4+w8a8-int8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuslt",
+        Limits(32, 32, ("sparse24",), min_compute_capability=8.0),
+        compute_format="int8",
+        sparse_compute=True,
+    ),
+    KernelSpec(
+        "cuslt.fp8",
+        ("2:4+w8a8-fp8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuslt",
+        Limits(32, 32, ("sparse24", "fp8"), min_compute_capability=8.9),
+        compute_format="fp8",
+        sparse_compute=True,
+    ),
+    KernelSpec(
+        "cuda.int4",
+        _INT4,
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuda_int4",
+        Limits(32, 8, min_compute_capability=8.0),
+        notes="tinygemm: slow for more than a few rows",
+    ),
+)
 
 
 def kernel(name: str) -> KernelSpec:
@@ -69,5 +157,29 @@ def kernel(name: str) -> KernelSpec:
     raise InputError("kernel.unknown", f"there is no kernel {name!r}.", did_you_mean(name, [k.name for k in KERNELS]))
 
 
+def kernel_hash(spec: KernelSpec) -> str:
+    """sha256 of what a measurement depends on: the kernel's source, the reference's, and torch's version."""
+    sources = [file_digest(_source(name)) for name in (spec.module, "autotune.kernels.reference")]
+    return digest([spec.name, *sources, version("torch")])
+
+
+def dense_of(weight: GroupWeight) -> torch.Tensor:
+    """The dense matrix of a weight that is not quantized.
+
+    Raises:
+        InputError: `kernel.weight`.
+    """
+    if weight.dense is None:
+        raise InputError("kernel.weight", f"a {weight.scheme} weight needs a dense matrix, and this one has none.")
+    return weight.dense
+
+
 def load(spec: KernelSpec) -> KernelModule:
     return cast(KernelModule, import_module(spec.module))
+
+
+def _source(module: str) -> Path:
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        raise InputError("kernel.unknown", f"the kernel table names {module}, which is not installed.", "Reinstall.")
+    return Path(found.origin)

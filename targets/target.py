@@ -18,12 +18,13 @@ from autotune.errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class Ceilings:
-    """`read_gb_per_s`: (working set in bytes, best read bandwidth), rising in bytes; `tera_ops`: number format -> rate."""
+    """`read_gb_per_s`: (working set in bytes, best read bandwidth), rising in bytes; `tera_ops`: format -> rate."""
 
     read_gb_per_s: tuple[tuple[int, float], ...]
     tera_ops: dict[str, float]  # keys: "fp32", "bf16", "int8", "fp8"
     launch_us: float  # fixed cost of one kernel call
     source: Literal["datasheet", "measured"] = "datasheet"
+    busy: bool = False  # measured while others used the machine: too low to judge a kernel by
 
     def bandwidth(self, working_set_bytes: float) -> float:
         """GB/s at a working set: the smallest measured one that is not smaller, else the largest."""

@@ -80,7 +80,7 @@ class Evaluation:
     `kl` and `dnll` come from one forward pass: KL(dense || candidate) and the rise of the negative log-likelihood.
     """
 
-    tokens: tuple[int, ...]
+    tokens: tuple[float, ...]  # for encoders: squared norm of the dense output
     kl: tuple[float, ...]
     dnll: tuple[float, ...]
 
@@ -95,7 +95,7 @@ class Evaluation:
 
 class Evaluate(Protocol):
     def __call__(self, genotype: Genotype, look: int) -> Evaluation:
-        """Loss on the first documents of the search set; `look` 0, 1, 2 ... sees nested, growing prefixes, the last all."""
+        """Loss on the first documents of the search set; looks 0, 1, 2 ... see nested prefixes, the last one all."""
         ...
 
 
@@ -123,7 +123,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Front:
-    """`candidates`: everything evaluated in full, by latency. `pareto`: indices of those not dominated in (latency, KL)."""
+    """`candidates`: all evaluated in full, by latency. `pareto`: indices of those not dominated in latency, KL."""
 
     candidates: tuple[Candidate, ...]
     pareto: tuple[int, ...]

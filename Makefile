@@ -1,0 +1,31 @@
+# Everything a fresh machine needs: `make demo` and `make test` make their own virtual environment.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check clean
+
+# The CPU build of torch is asked for by exact version first: an unpinned torch pulls gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "torch==2.13.0"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 0.5% --workload 1,64,64
+	@echo "report: runs/demo/report.html"
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""Finds a model's linear layers and joins those that engines run as one kernel.
+
+Members of one group read the same tensor, have the same parent module and are named together in the fusion table below;
+all three, because Phi's fc1 reads what q/k/v read and is still its own kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from autotune.search_space.groups import LayerGroup, Linear
+
+# role -> the attribute names that engines fuse, in the order their rows are stacked.
+FUSION: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qkv", ("q_proj", "k_proj", "v_proj")),
+    ("qkv", ("query", "key", "value")),
+    ("qkv", ("q_lin", "k_lin", "v_lin")),
+    ("gate_up", ("gate_proj", "up_proj")),
+)
+# (pattern on the module path, role), the first match wins; anything else is named by its last path component.
+ROLES: tuple[tuple[str, str], ...] = (
+    (r"(lm_head|embed_out|output_projection)$", "lm_head"),
+    (r"attn\.c_attn$|query_key_value$|qkv_proj$|Wqkv$", "qkv"),
+    (r"attn\.c_proj$|(o_proj|out_proj|out_lin)$|attention\.output\.dense$|self_attn\.dense$", "o"),
+    (r"gate_up_proj$", "gate_up"),
+    (r"(mlp\.c_fc|fc1|lin1|up_proj|intermediate\.dense|dense_h_to_4h)$", "up"),
+    (r"(mlp\.c_proj|fc2|lin2|down_proj|output\.dense|dense_4h_to_h)$", "down"),
+)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_of(module: nn.Module) -> tuple[int, int, bool] | None:
+    """(out_features, in_features, stored transposed) of a linear layer, None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, False
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0]), True
+    return None
+
+
+def group_linears(model: nn.Module, names: Mapping[str, str], inputs: Mapping[str, int]) -> tuple[LayerGroup, ...]:
+    """Layer groups in the order the model defines them.
+
+    Args:
+        names: parameter path -> checkpoint tensor path.
+        inputs: module path -> identity of the tensor it read in a traced forward pass; a linear layer that was not
+            called is in no group.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module) and name in inputs}
+    linears = {name: module for name, module in linears.items() if not name.endswith("pooler.dense")}
+    groups, done = [], set()
+    for name in linears:
+        if name in done:
+            continue
+        role, members = _fused(name, linears, inputs)
+        done.update(members)
+        groups.append(_group(role, members, linears, names))
+    return tuple(groups)
+
+
+def _fused(name: str, linears: Mapping[str, nn.Module], inputs: Mapping[str, int]) -> tuple[str, list[str]]:
+    parent, _, last = name.rpartition(".")
+    for role, names in FUSION:
+        paths = [f"{parent}.{item}" for item in names]
+        if last in names and all(path in linears for path in paths) and len({inputs[path] for path in paths}) == 1:
+            return role, paths
+    return _role(name), [name]
+
+
+def _role(name: str) -> str:
+    for pattern, role in ROLES:
+        if re.search(pattern, name):
+            return role
+    return name.rpartition(".")[2]
+
+
+def _group(role: str, members: list[str], linears: Mapping[str, nn.Module], names: Mapping[str, str]) -> LayerGroup:
+    linear = tuple(_linear(path, linears[path], names[f"{path}.weight"]) for path in members)
+    parent = members[0].rpartition(".")[0]
+    name = f"{parent}.{role}" if len(members) > 1 else members[0]
+    index = re.search(r"\.(\d+)\.", name)
+    return LayerGroup(name, role, int(index.group(1)) if index else None, linear, role == "lm_head")
+
+
+def _linear(path: str, module: nn.Module, tensor: str) -> Linear:
+    shape = linear_of(module)
+    assert shape is not None
+    return Linear(tensor, path, shape[0], shape[1], module.bias is not None, shape[2])

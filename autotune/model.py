@@ -1,0 +1,272 @@
+"""Opens a model: finds its folder, checks it, and describes its layer groups without allocating a weight.
+
+The structure comes from building the architecture on the meta device and tracing one forward pass; shapes and hashes
+come from the checkpoint's headers. No code from a checkpoint is ever run: architectures are those of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotune import checkpoint
+from autotune.checkpoint import Checkpoint
+from autotune.errors import InputError
+from autotune.grouping import group_linears, is_linear, linear_of
+from autotune.search_space.groups import KeptTensor, LayerGroup, ModelSpec, Task
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """`checkpoint` is None for a bare config.json: then weights are random and only latency means anything."""
+
+    folder: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.spec.dtype]
+
+
+def open_model(source: str, dtype: str | None = None, latency_only: bool = False) -> OpenModel:
+    """Describe a model from a folder, a config.json, or `org/name@revision`.
+
+    Args:
+        dtype: what to run it in, "bf16" or "fp32"; by default bf16 if the checkpoint is, else fp32.
+        latency_only: weights are not needed.
+
+    Raises:
+        InputError: `model.*`, naming file and tensor.
+    """
+    folder = _locate(source, latency_only)
+    config = _config(folder)
+    weights = None if latency_only and not _has_weights(folder) else checkpoint.read(folder)
+    model = _empty(config, folder)
+    task = _task(config)
+    dtype = dtype or _default_dtype(config, weights)
+    names = _tensor_names(model, weights)
+    groups = group_linears(model, names, _trace(model, config))
+    kept = _kept(model, groups, names, 2 if dtype == "bf16" else 4)
+    if weights is not None:
+        _check_shapes(model, names, weights)
+    architecture = type(model).__name__
+    tied = bool(getattr(config, "tie_word_embeddings", False)) and any(g.role == "lm_head" for g in groups)
+    digest = weights.hash() if weights is not None else None
+    name = folder.name if Path(source).exists() else source
+    return OpenModel(folder, ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied), weights)
+
+
+def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module:
+    """The transformers model with its weights, in eval mode; random weights where there is no checkpoint.
+
+    Raises:
+        InputError: `model.nonfinite` naming the first tensor that holds NaN or infinity.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = dtype or opened.dtype
+    auto = _auto_class(opened.spec.task)
+    if opened.checkpoint is None:
+        torch.manual_seed(0)
+        model = auto.from_config(_config(opened.folder), dtype=dtype)
+    else:
+        model = auto.from_pretrained(
+            opened.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise InputError(
+                "model.nonfinite", f"{name} holds {count} NaN or infinite values.", "Retrain or repair it."
+            )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The folder's tokenizer, or None where it has none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _locate(source: str, latency_only: bool) -> Path:
+    path = Path(source)
+    if path.is_file() and path.name == "config.json":
+        return path.parent
+    if path.is_dir():
+        return path
+    repo, _, revision = source.partition("@")
+    if path.is_absolute() or source.startswith(".") or repo.count("/") != 1 or not revision:
+        hint = "Give a folder, or a hub id with its revision: org/name@revision."
+        raise InputError("model.missing", f"{source!r} is neither a folder nor a hub id with a revision.", hint)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "tokenizer*", "*.model", *([] if latency_only else ["*.safetensors"])]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated classes; all mean "not reachable"
+        raise InputError("model.hub", f"{source} could not be fetched: {error}.", "Check name and network.") from error
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors*"))
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError("model.missing", f"{folder} holds no config.json.", "Give a transformers model folder.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+        if "auto_map" in text:
+            hint = "autotune runs no code from a checkpoint; convert the model to an architecture transformers ships."
+            raise InputError("model.remote_code", f"{folder} needs its own Python code.", hint) from error
+        raise InputError("model.architecture", f"{folder}/config.json: {error}.") from error
+
+
+def _task(config: Any) -> Task:
+    names = getattr(config, "architectures", None) or [""]
+    if "CausalLM" in names[0] or names[0].endswith("LMHeadModel"):
+        return "causal-lm"
+    from transformers import AutoModelForCausalLM
+
+    encoder = "Model" in names[0] or "MaskedLM" in names[0] or names[0].startswith("Bert")
+    if not encoder and type(config) in AutoModelForCausalLM._model_mapping:
+        return "causal-lm"
+    return "encoder"
+
+
+def _auto_class(task: Task) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if task == "causal-lm" else AutoModel
+
+
+def _empty(config: Any, folder: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model = _auto_class(_task(config)).from_config(config)
+    except (ValueError, ImportError) as error:
+        hint = "It must be a causal language model or an encoder that transformers ships."
+        raise InputError("model.architecture", f"{folder}: {error}.", hint) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _default_dtype(config: Any, weights: Checkpoint | None) -> str:
+    if weights is None:
+        stated = getattr(config, "dtype", None)
+        return "fp32" if stated in (torch.float32, "float32") else "bf16"
+    large = max(weights.tensors.values(), key=lambda tensor: tensor.bytes)
+    return "bf16" if large.dtype == "BF16" else "fp32"
+
+
+def _tensor_names(model: nn.Module, weights: Checkpoint | None) -> dict[str, str]:
+    """Parameter path -> checkpoint tensor path; a checkpoint may lack or add the base model's prefix."""
+    names = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if weights is None:
+        return names
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
+    for name in names:
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        found[name] = next((spelling for spelling in spellings if spelling in weights.tensors), name)
+    return _resolve_ties(model, found, weights)
+
+
+def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> dict[str, str]:
+    """A tied parameter that the checkpoint leaves out is named by the tensor it shares."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names[name] in weights.tensors:
+            owners.setdefault(id(parameter), names[name])
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names[name] in weights.tensors:
+            continue
+        is_head = output is not None and parameter is getattr(output, "weight", None)
+        if id(parameter) in owners:
+            names[name] = owners[id(parameter)]
+        elif tied and is_head:
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            names[name] = owners.get(id(embedding.weight), names[name])
+    return names
+
+
+def _trace(model: nn.Module, config: Any) -> dict[str, int]:
+    """Module path -> a number that two linears share exactly when they read the same tensor. Empty if tracing fails."""
+    seen: list[torch.Tensor] = []  # kept alive so that ids stay distinct
+    inputs: dict[str, int] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            inputs.setdefault(name, id(args[0]))
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(record(n)) for n, m in model.named_modules() if is_linear(m)]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _kept(
+    model: nn.Module, groups: tuple[LayerGroup, ...], names: dict[str, str], width: int
+) -> tuple[KeptTensor, ...]:
+    taken = {f"{member.module}.weight" for group in groups for member in group.members if group.role != "lm_head"}
+    taken |= {f"{m.module}.weight" for g in groups for m in g.members if g.role == "lm_head" and not _tied(model)}
+    kept: dict[str, KeptTensor] = {}
+    for path, parameter in model.named_parameters():
+        if path in taken or names[path] in kept:
+            continue
+        owner = model.get_submodule(path.rpartition(".")[0])
+        shape = tuple(parameter.shape)
+        kept[names[path]] = KeptTensor(names[path], shape, parameter.numel() * width, _reason(owner, parameter))
+    return tuple(kept.values())
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def _reason(owner: nn.Module, parameter: torch.Tensor) -> str:
+    if isinstance(owner, nn.Embedding):
+        return "embedding: rows are looked up, not multiplied"
+    if parameter.ndim < 2:
+        return "vector: norm gain or bias"
+    if linear_of(owner) is not None:
+        return "not reached by the forward pass that is measured"
+    return f"parameter of {type(owner).__name__}, which is not a linear layer"
+
+
+def _check_shapes(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> None:
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        info = weights.tensors.get(names[path])
+        if info is None:
+            raise InputError("model.corrupt", f"{weights.folder}: tensor {names[path]!r} is missing.", "Save it again.")
+        if info.shape != tuple(parameter.shape):
+            raise InputError(
+                "model.corrupt",
+                f"{weights.folder / info.shard}: {names[path]!r} is {info.shape}, "
+                f"config.json says {tuple(parameter.shape)}.",
+                "Config and weights belong to different models.",
+            )

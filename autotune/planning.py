@@ -1,0 +1,140 @@
+"""Turns a chosen point into a plan: every tensor, every reason, every hash."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from autotune import __version__
+from autotune.decide import Point, configuration
+from autotune.kernels.spec import kernel as kernel_named
+from autotune.kernels.spec import kernel_hash
+from autotune.plan import (
+    GroupEntry,
+    KeptEntry,
+    Limits,
+    ModelRef,
+    Plan,
+    Prediction,
+    Provenance,
+    SchemeSpec,
+    TensorEntry,
+)
+from autotune.profilers.latency import LatencyTable
+from autotune.score import LossTable
+from autotune.search.problem import GroupOptions, Option, Problem
+from autotune.search_space.groups import LayerGroup
+from autotune.search_space.space import SearchSpace
+from autotune.session import Session
+from autotune.store import digest
+
+PACKAGES = ("torch", "transformers", "optuna", "numpy", "scipy")
+
+
+def build_plan(
+    session: Session,
+    space: SearchSpace,
+    table: LatencyTable,
+    losses: LossTable | None,
+    problem: Problem,
+    point: Point,
+    trials: int,
+) -> Plan:
+    """The plan of one point; equal inputs give equal bytes."""
+    spec, config = session.spec, session.config
+    chosen = configuration(problem, point.candidate.genotype)
+    options = dict(zip((g.name for g in problem.groups), problem.chosen(point.candidate.genotype), strict=True))
+    reasons = {g.name: why(g, options[g.name], space) for g in problem.groups}
+    has_loss = not config.latency_only
+    return Plan(
+        generator=f"autotune {__version__}",
+        model=ModelRef(
+            name=spec.name,
+            architecture=spec.architecture,
+            task=spec.task,
+            dtype=spec.dtype,
+            sha256=spec.model_hash,
+            tied_embeddings=spec.tied_embeddings,
+        ),
+        target=session.target.name,
+        runtime=f"autotune {__version__} on torch",
+        workload=str(session.workload),
+        budget=Limits(
+            max_loss=config.max_loss if has_loss else None,
+            max_memory_bytes=config.max_memory_bytes,
+            min_speedup=config.min_speedup,
+        ),
+        schemes={name: SchemeSpec.of(name) for name in sorted(set(chosen.values()))},
+        groups=tuple(_group(group, options[group.name], has_loss) for group in spec.groups),
+        tensors=tuple(entry for group in spec.groups for entry in _tensors(group, chosen, reasons, spec.dtype)),
+        kept=tuple(KeptEntry(tensor=t.tensor, shape=t.shape, reason=t.reason) for t in spec.kept),
+        prediction=Prediction(
+            latency_us=point.candidate.latency_us,
+            dense_latency_us=problem.latency_us(problem.dense),
+            loss_nats=point.candidate.predicted_loss_nats if has_loss else None,
+            search_kl_nats=point.candidate.evaluation.kl_nats if has_loss else None,
+            weight_bytes=point.candidate.weight_bytes,
+            dense_weight_bytes=problem.weight_bytes(problem.dense),
+        ),
+        provenance=Provenance(
+            latency_table=table.hash,
+            loss_table=None if losses is None else digest(losses.to_csv().encode()),
+            documents=session.documents.digest if has_loss else None,
+            kernels={o.kernel: kernel_hash(kernel_named(o.kernel)) for o in options.values()},
+            packages={name: version(name) for name in PACKAGES},
+            seed=config.seed,
+            trials=trials,
+        ),
+    )
+
+
+def why(group: GroupOptions, chosen: Option, space: SearchSpace) -> str:
+    """One sentence for people: what the group got and what spoke against the others."""
+    dense = group.options[0]
+    if chosen is dense:
+        reasons = [e.legality.reason for e in space.entries if e.group == group.name and not e.legality.usable]
+        faster = [option for option in group.options[1:] if option.latency_us < dense.latency_us]
+        if not group.options[1:]:
+            return "kept dense: " + ("; ".join(dict.fromkeys(reasons)) or "no other scheme is legal here")
+        if not faster:
+            return "kept dense: no measured scheme is faster here"
+        return "kept dense: the loss others would cost buys more time in other groups"
+    saved = dense.latency_us - chosen.latency_us
+    text = (
+        f"{chosen.scheme} saves {saved / 1e3:.3f} ms of {dense.latency_us / 1e3:.3f} ms for {chosen.loss_nats:.1e} nats"
+    )
+    faster = [option for option in group.options if option.latency_us < chosen.latency_us]
+    if faster:
+        best = min(faster, key=lambda option: option.latency_us)
+        extra = chosen.latency_us - best.latency_us
+        text += f"; {best.scheme} would save {extra / 1e3:.3f} ms more for {best.loss_nats:.1e} nats"
+    else:
+        text += "; nothing measured is faster"
+    return text
+
+
+def _group(group: LayerGroup, option: Option, has_loss: bool) -> GroupEntry:
+    return GroupEntry(
+        name=group.name,
+        role=group.role,
+        layer=group.layer,
+        kernel=option.kernel,
+        predicted_latency_us=option.latency_us,
+        latency_status="estimated" if option.estimated else "measured",
+        predicted_loss_nats=option.loss_nats if has_loss else None,
+        weight_bytes=option.weight_bytes,
+    )
+
+
+def _tensors(group: LayerGroup, chosen: dict[str, str], reasons: dict[str, str], dtype: str) -> list[TensorEntry]:
+    name = chosen[group.name]
+    return [
+        TensorEntry(
+            tensor=member.tensor,
+            module=member.module,
+            shape=(member.out_features, member.in_features),
+            group=group.name,
+            scheme=None if name == dtype else name,
+            reason=reasons[group.name],
+        )
+        for member in group.members
+    ]

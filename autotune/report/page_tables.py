@@ -1,0 +1,141 @@
+"""The page's tables: why every group got what it got, and what the run took and used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from autotune.report import palette, words
+from autotune.report.grid import Cell, grid
+from autotune.report.markup import Html, join, tag
+from autotune.report.words import Report
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> Html:
+    """`numbers`: columns to align right."""
+
+    def cells(name: str, values: Sequence[object]) -> Html:
+        return join(tag(name, v, class_="number" if i in numbers else None) for i, v in enumerate(values))
+
+    body = join(tag("tr", cells("td", row)) for row in rows)
+    top = tag("thead", tag("tr", cells("th", head))) if head else Html("")
+    return tag("div", tag("table", top, tag("tbody", body)), class_="scroll")
+
+
+def facts(rows: Mapping[str, object]) -> Html:
+    body = join(tag("tr", tag("td", key), tag("td", value)) for key, value in rows.items())
+    return tag("table", tag("tbody", body), class_="facts")
+
+
+def scheme_name(scheme: object) -> Html:
+    swatch = tag("span", class_="swatch", style=f"background:{palette.colour(str(scheme))}")
+    return join([swatch, scheme])
+
+
+def group_table(report: Report) -> Html:
+    names = ("group", "scheme", "time per workload", "loss", "weights", "why")
+    head = tag("div", *(tag("span", name) for name in names), class_="row head")
+    return tag("div", head, *(_group(cell) for cell in grid(report["groups"]).cells), class_="groups")
+
+
+def _group(cell: Cell) -> Html:
+    group = cell.group
+    before, after = words.us(group["dense_latency_us"]), words.us(group["latency_us"])
+    summary = tag(
+        "summary",
+        tag("b", cell.label),
+        tag("span", scheme_name(group["scheme"])),
+        tag("span", after if before == after else words.change(before, after)),
+        tag("span", words.nats(group["loss_nats"])),
+        tag("span", words.size(group["weight_bytes"])),
+        tag("span", group["why"], class_="muted"),
+        class_="row",
+    )
+    shape = f"{group['in_features']} → {group['out_features']}, {words.count(group['weights'])} weights"
+    note = tag("p", tag("b", group["name"]), f": {shape}; runs on {group['kernel']}", class_="note")
+    return tag("details", summary, tag("div", note, _options(group["options"]), class_="inside"))
+
+
+def _options(options: Sequence[dict[str, Any]]) -> Html:
+    head = tag(
+        "tr", *(tag("th", name) for name in ("scheme", "status", "time", "loss (nats, 95%)", "weights", "reason"))
+    )
+    rows = []
+    for option in options:
+        cells = (
+            scheme_name(option["scheme"]),
+            "chosen" if option["chosen"] else option["status"].replace("_", " "),
+            words.us(option["latency_us"]),
+            _loss(option),
+            words.size(option["weight_bytes"]),
+            option["reason"],
+        )
+        rows.append(tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if option["chosen"] else None))
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
+
+
+def _loss(option: Mapping[str, Any]) -> str:
+    mean, low, high = (words.nats(option[key]) for key in ("loss_nats", "low_nats", "high_nats"))
+    return mean if words.NONE in (mean, low, high) else f"{mean} ({words.between(low, high)})"
+
+
+def speed_table(report: Report) -> Html:
+    """Prefill, a decode step and the whole workload."""
+    dense, plan = report["dense"], report["plan"]
+    how = " (95%)" if words.measured(report) else ""
+    rows = []
+    for name, key in (("prefill", "prefill_ms"), ("one decode step", "decode_ms"), ("whole workload", "latency_ms")):
+        before, after = dense[key], plan[key]
+        if before is None and after is None:
+            continue
+        gain = words.times(before["median"] / after["median"]) if before and after and after["median"] else words.NONE
+        rows.append((name, words.interval_ms(before), words.interval_ms(after), gain))
+    if not rows:
+        both = words.ms(words.dense_ms(report)), words.ms(words.plan_ms(report))
+        rows = [("whole workload", *both, words.times(words.speedup(report)))]
+    return table((words.timing(report), f"dense{how}", f"plan{how}", "speed-up"), rows, numbers=(1, 2, 3))
+
+
+def run_tables(report: Report) -> Html:
+    seconds = report["seconds"]
+    rows = [(stage, f"{value:,.1f} s") for stage, value in seconds.items()]
+    rows.append(("all", f"{sum(seconds.values()):,.1f} s"))
+    optuna = report["optuna"]
+    search = (
+        f"{optuna['trials']} trials; Optuna itself took {optuna['seconds']:.1f} s, {optuna['share']:.1%} of the search."
+    )
+    stages = tag("div", tag("h3", "Time taken"), table((), rows, numbers=(1,)), tag("p", search, class_="note"))
+    versions = tag("div", tag("h3", "Versions"), table((), report["versions"].items()))
+    return tag("div", stages, versions, _calibration(report), class_="columns")
+
+
+def _calibration(report: Report) -> Html:
+    calibration = report["calibration"]
+    if not calibration:
+        return Html("")
+    rows = [(scheme_name(name), f"{factor:.3f}") for name, factor in calibration["factors"].items()]
+    note = (
+        f"A prediction is {words.ms(calibration['rest_ms'])} for everything that is not a layer group, plus "
+        "each group's kernel time measured alone, times its scheme's factor."
+    )
+    return tag("div", tag("h3", "Calibration"), table(("scheme", "factor"), rows, (1,)), tag("p", note, class_="note"))
+
+
+def setting(report: Report) -> Html:
+    """Model, target, workload, budget and data, as they were."""
+    model, target, data = report["model"], report["target"], report["data"]
+    tied = ", tied embeddings" if model["tied_embeddings"] else ""
+    rows: dict[str, object] = {
+        "model": f"{model['architecture']}, {words.count(model['parameters'])} parameters, {model['dtype']}{tied}",
+        "model sha256": model["sha256"] or "none: made from a bare config.json",
+        "layer groups": model["groups"],
+        "target": f"{target['model']} ({target['device']}, {target['cores']} cores)",
+        "features": ", ".join(target["features"]) or "none",
+        "ceilings": f"from {target['ceilings']['source']}, {target['ceilings']['launch_us']:g} µs a kernel call",
+        "workload": words.workload(report),
+        "budget": words.budget(report),
+    }
+    if data:
+        sets = [f"{name}: {data['documents'][name]:,} of {data['tokens'][name]:,} tokens" for name in data["documents"]]
+        rows |= {"data": f"{data['name']} ({data['digest'][:12]})", f"{data['unit']}s": "; ".join(sets)}
+    return facts(rows)

@@ -1,0 +1,66 @@
+"""One colour and one short label per scheme, for every picture, page and cell.
+
+Hue says the family (blue int8, orange int4, green fp8, purple 2:4, grey dense), lightness the member, so that families
+stay apart under the common colour blindnesses and members stay apart in grey print.
+"""
+
+from __future__ import annotations
+
+INK = "#1f2430"
+MUTED = "#6b7280"
+GRID = "#e3e6eb"
+CHOSEN = "#c8102e"
+OTHER = "#aab0ba"
+KEPT = "#dfe2e7"  # bytes that no scheme touches
+
+COLOURS: dict[str, str] = {
+    "fp32": "#9aa1ac",
+    "bf16": "#bcc1ca",
+    "w8a8-int8": "#2f6db5",
+    "w8a16-int8": "#7db3e8",
+    "w4a16-int4-g32": "#f7cf78",
+    "w4a16-int4-g64": "#ee9b33",
+    "w4a16-int4-g128": "#c4620d",
+    "w8a8-fp8": "#1b9e88",
+    "2:4": "#c0a5dd",
+    "2:4+w8a8-int8": "#6f4fa5",
+    "2:4+w8a8-fp8": "#c75a9f",
+    "2:4+w4a16-int4-g128": "#7a1f4b",
+}
+UNKNOWN = "#4a5160"  # a scheme from outside this version
+
+_SHORT = (("w8a8-int8", "int8"), ("w8a16-int8", "int8-w"), ("w8a8-fp8", "fp8"), ("w4a16-", ""), ("2:4+", "2:4 "))
+
+# (fraction of the most saved, colour) and the colour of a group that became slower
+SAVED = ((0.0, "#f3f6f5"), (0.25, "#b9dccf"), (0.5, "#5fb39a"), (0.75, "#1b7f6b"), (1.0, "#0b4f44"))
+SLOWER = "#f4c9c4"
+
+
+def colour(scheme: str) -> str:
+    return COLOURS.get(scheme, UNKNOWN)
+
+
+def short(scheme: str) -> str:
+    """A label that fits a cell: `w4a16-int4-g64` -> `int4-g64`; int8-w quantizes weights only."""
+    for long, brief in _SHORT:
+        scheme = scheme.replace(long, brief)
+    return scheme
+
+
+def text_on(background: str) -> str:
+    """Ink or white, whichever contrasts more with a "#rrggbb" background (WCAG relative luminance)."""
+    light = luminance(background)
+    on_white, on_ink = 1.05 / (light + 0.05), (light + 0.05) / (luminance(INK) + 0.05)
+    return "#ffffff" if on_white > on_ink else INK
+
+
+def luminance(value: str) -> float:
+    channels = [int(value[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def ordered(schemes: set[str]) -> list[str]:
+    """Schemes in the palette's order, unknown ones last: the order of every legend."""
+    order = list(COLOURS)
+    return sorted(schemes, key=lambda name: (order.index(name) if name in order else len(order), name))

@@ -1,0 +1,261 @@
+"""Compressed models that run: apply a plan to a model in memory, save it, load it, switch between configurations.
+
+A saved folder holds the model's config and tokenizer, `plan.json`, and `compressed.safetensors`: the parameters no
+scheme touches by name, and each layer group's canonical codes (or dense rows) as `GROUP::values`, `::scales`,
+`::positions`, `::dense`, `::bias`. Kernels repack at load. It is named so that no other tool takes it for a plain
+checkpoint: use `autotune.load`, or `autotune export`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotune.compress import database
+from autotune.errors import InputError
+from autotune.kernels.allocator import keep_large_blocks
+from autotune.kernels.linear import FusedGroup, alternative, install
+from autotune.kernels.reference import dequantize
+from autotune.kernels.spec import GroupWeight, kernel
+from autotune.kernels.spec import load as load_kernel
+from autotune.plan import Plan
+from autotune.search_space.schemes import scheme
+from autotune.store import new_folder
+
+WEIGHTS = "compressed.safetensors"
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_COPIED = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "special_tokens_map.json")
+
+
+def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None = None) -> nn.Module:
+    """Put a plan's compressed layers into a transformers model, in place, on the kernels that were timed.
+
+    Args:
+        model: the model the plan was made for, loaded in the plan's dtype.
+        plan: a plan, a plan.json, or a run folder.
+        weights: folder written by `autotune tune` (RUN/model); by default found beside the plan.
+
+    Raises:
+        InputError: `plan.*`, `apply.weights`, `plan.model_mismatch` when the model's weights are not the plan's.
+    """
+    folder, loaded = _plan_and_weights(plan, weights)
+    _check_same_model(model, loaded)
+    tensors = _read(folder / WEIGHTS)
+    dtype = _DTYPES[loaded.model.dtype]
+    for name, group in _groups(loaded).items():
+        weight = _group_weight(loaded, name, tensors, model)
+        _check_same_weights(model, group, weight, loaded)
+        _install(model, loaded, name, group, weight, dtype)
+    keep_large_blocks()
+    return model
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The compressed transformers model saved in a folder; its dense weights are never built.
+
+    Raises:
+        InputError: `plan.*`, `apply.weights`.
+    """
+    path = Path(folder)
+    path = path / "model" if not (path / WEIGHTS).is_file() and (path / "model" / WEIGHTS).is_file() else path
+    plan = Plan.load(path / "plan.json")
+    tensors = _read(path / WEIGHTS)
+    dtype = _DTYPES[plan.model.dtype]
+    model = _skeleton(path, plan, dtype)
+    kept = {name: tensor for name, tensor in tensors.items() if "::" not in name}
+    tied = plan.model.tied_embeddings
+    groups = _groups(plan)
+    for name, group in groups.items():
+        if not _is_tied_dense(plan, name):
+            _install(model, plan, name, group, _group_weight(plan, name, tensors, model), dtype)
+    missing, unexpected = model.load_state_dict(kept, assign=True, strict=False)
+    if tied:
+        model.tie_weights()  # type: ignore[operator]
+    for name in [name for name in groups if _is_tied_dense(plan, name)]:
+        _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent or unexpected:
+        what = f"missing {absent[:3] or missing[:3]}, unexpected {unexpected[:3]}"
+        raise InputError("apply.weights", f"{path / WEIGHTS} does not fit its plan: {what}.", "Save the model again.")
+    keep_large_blocks()
+    return model.requires_grad_(False).eval()
+
+
+def save(
+    folder: Path, source: Path, plan: Plan, model: nn.Module, weights: Mapping[str, GroupWeight], dense: set[str]
+) -> None:
+    """Write a loadable folder, complete or not at all.
+
+    Args:
+        source: the original model folder, for its config and tokenizer.
+        model: a model whose layer groups are installed; its remaining parameters are the kept ones.
+        weights: canonical weights of every group, dense ones included.
+        dense: groups whose rows are the tied embedding and need no copy.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if plan.model.tied_embeddings:
+        tensors = _without_shared(tensors)
+    for name, weight in weights.items():
+        if name in dense:
+            continue
+        parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else database.pack(weight)
+        parts |= {"bias": weight.bias} if weight.bias is not None else {}
+        tensors |= {f"{name}::{key}": value.contiguous() for key, value in parts.items() if value is not None}
+    with new_folder(folder) as temporary:
+        for pattern in _COPIED:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, temporary / file.name)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "autotune/1", "plan": plan.digest()})
+        plan.save(temporary / "plan.json")
+
+
+def _without_shared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name for each storage: safetensors refuses shared memory, and `tie_weights` restores the other."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            kept[name] = tensor
+            seen.add(tensor.data_ptr())
+    return kept
+
+
+def _plan_and_weights(plan: Plan | Path | str, weights: Path | str | None) -> tuple[Path, Plan]:
+    if isinstance(plan, Plan):
+        loaded, candidates = plan, []
+    else:
+        path = Path(plan) / "plan.json" if Path(plan).is_dir() else Path(plan)
+        loaded, candidates = Plan.load(path), [path.parent, path.parent / "model"]
+    if weights is not None:
+        candidates = [Path(weights), Path(weights) / "model"]
+    for folder in candidates:
+        if (folder / WEIGHTS).is_file():
+            if Plan.load(folder / "plan.json").configuration != loaded.configuration:
+                hint = "Run `autotune apply RUN` for this plan first."
+                raise InputError("apply.weights", f"{folder} holds another plan's weights.", hint)
+            return folder, loaded
+    hint = "Give weights=RUN/model, the folder that `autotune tune` or `autotune apply RUN` wrote."
+    raise InputError("apply.weights", "the plan's compressed weights were not found.", hint)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError("apply.weights", f"{path} cannot be read: {error}.", "Save the model again.") from error
+
+
+def _groups(plan: Plan) -> dict[str, list[Any]]:
+    """Group -> its tensor entries, in the order their rows are stacked."""
+    groups: dict[str, list[Any]] = {group.name: [] for group in plan.groups}
+    for entry in plan.tensors:
+        groups[entry.group].append(entry)
+    return groups
+
+
+def _is_tied_dense(plan: Plan, name: str) -> bool:
+    role = next(group.role for group in plan.groups if group.name == name)
+    return role == "lm_head" and plan.model.tied_embeddings and scheme(plan.configuration[name]).is_dense
+
+
+def _group_weight(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> GroupWeight:
+    item = scheme(plan.configuration[name])
+    prefix = f"{name}::"
+    parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    bias = parts.pop("bias", None)
+    if _is_tied_dense(plan, name):
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        return GroupWeight(item.name, dense=embedding.detach(), bias=bias)
+    if not parts:
+        raise InputError("apply.weights", f"the weights of {name} are missing.", "Save the model again.")
+    if item.is_dense:
+        return GroupWeight(item.name, dense=parts["dense"], bias=bias)
+    in_features = _groups(plan)[name][0].shape[1]
+    return database.unpack(item, in_features, parts, bias)
+
+
+def _install(
+    model: nn.Module, plan: Plan, name: str, entries: list[Any], weight: GroupWeight, dtype: torch.dtype
+) -> None:
+    spec = kernel(plan.kernels[name])
+    group = FusedGroup(entries[0].shape[1], [entry.shape[0] for entry in entries])
+    group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(weight, dtype)))
+    install(model, [entry.module for entry in entries], group)
+
+
+def _check_same_model(model: nn.Module, plan: Plan) -> None:
+    for entry in plan.tensors:
+        module: Any = None
+        with contextlib.suppress(AttributeError):
+            module = model.get_submodule(entry.module)
+        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+        if shape not in (entry.shape, entry.shape[::-1]):
+            what = f"{entry.module} is {shape or 'absent'}, the plan says {entry.shape}"
+            raise InputError("plan.model_mismatch", f"the plan is for another model: {what}.", "Open the right model.")
+        if module.weight.dtype != _DTYPES[plan.model.dtype]:
+            hint = f"Load the model with dtype={_DTYPES[plan.model.dtype]}."
+            raise InputError("plan.model_mismatch", f"the plan was timed in {plan.model.dtype}.", hint)
+
+
+def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeight, plan: Plan) -> None:
+    """The stored codes must describe these very weights: another checkpoint of equal shape is off by about 1.4."""
+    parts = dequantize(weight).split([entry.shape[0] for entry in entries])
+    for entry, stored in zip(entries, parts, strict=True):
+        module: Any = model.get_submodule(entry.module)
+        dense = module.weight.detach().float()
+        dense = dense if dense.shape == stored.shape and not _transposed(model, entry) else dense.t()
+        error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
+        bound = 0.9 if plan.configuration[entry.group].startswith("2:4") else 0.35
+        if not error <= bound:
+            what = f"{entry.tensor} differs from the plan's weights by {error:.0%}"
+            raise InputError("plan.model_mismatch", f"the plan is for another checkpoint: {what}.", "Search again.")
+
+
+def _transposed(model: nn.Module, entry: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(model.get_submodule(entry.module), Conv1D)
+
+
+def _skeleton(folder: Path, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """The architecture with parameters on the meta device and real buffers (rotary tables are made at construction)."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto = AutoModelForCausalLM if plan.model.task == "causal-lm" else AutoModel
+    with _parameters_on_meta():
+        model = auto.from_config(config, dtype=dtype)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

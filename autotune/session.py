@@ -1,0 +1,131 @@
+"""One run's fixed inputs: model, target, workload, documents and budget, opened on first use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from autotune import documents as documents_module
+from autotune.certify import expected_error
+from autotune.config import RunConfig
+from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
+from autotune.model import OpenModel, load_model, load_tokenizer, open_model
+from autotune.profilers.probe import probe
+from autotune.run import Reporter, RunFolder
+from autotune.search_space import workload as workload_module
+from autotune.search_space.groups import ModelSpec
+from autotune.search_space.workload import Workload
+from autotune.store import Memo, user_folder
+from autotune.targets import detect, target
+from autotune.targets.target import Target
+
+SAFETY = 2.5  # standard errors between the search's limit and the budget, because a knapsack fills its budget
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Session:
+    folder: RunFolder
+    config: RunConfig
+    opened: OpenModel
+    target: Target
+    local: bool  # the target is this machine, so its kernels can be run
+    workload: Workload
+    report: Reporter
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.opened.spec
+
+    @property
+    def encoder(self) -> bool:
+        return self.spec.task == "encoder"
+
+    @cached_property
+    def documents(self) -> Documents:
+        path = Path(self.config.data) if self.config.data else None
+        return documents_module.read(path, load_tokenizer(self.opened.folder), vocabulary(self.opened))
+
+    @property
+    def calibration_documents(self) -> list[torch.Tensor]:
+        return take(self.documents.calibration, self.config.calibration_tokens, MAX_DOCUMENT_TOKENS)
+
+    @property
+    def score_documents(self) -> list[torch.Tensor]:
+        return take(self.documents.search, self.config.score_tokens, self.config.score_length)
+
+    @property
+    def search_documents(self) -> list[torch.Tensor]:
+        return take(self.documents.search, self.config.search_tokens, self.config.search_length)
+
+    @property
+    def certification_documents(self) -> list[torch.Tensor]:
+        return take(self.documents.certification, self.config.certify_tokens, MAX_DOCUMENT_TOKENS)
+
+    @property
+    def limit(self) -> float:
+        """Loss the budget allows: nats, or relative squared error for encoders; infinite without loss."""
+        if self.config.latency_only or self.config.max_loss is None:
+            return math.inf
+        return self.config.max_loss if self.encoder else math.log1p(self.config.max_loss)
+
+    @property
+    def search_limit(self) -> float:
+        """The search aims lower, by the error that certification will have."""
+        if math.isinf(self.limit):
+            return self.limit
+        if self.encoder:
+            return 0.9 * self.limit
+        tokens = sum(len(document) - 1 for document in self.certification_documents)
+        return max(0.2 * self.limit, self.limit - SAFETY * expected_error(self.limit, tokens))
+
+    def progress(self, stage: str) -> Progress:
+        """The reporter with its stage filled in."""
+
+        def step(done: int, total: int, note: str = "") -> None:
+            self.report(stage, done, total, note)
+
+        return step
+
+    def reference(self) -> torch.nn.Module:
+        """The dense model in fp32, for calibration and losses."""
+        self.report("load", 0, 1)
+        model = load_model(self.opened, torch.float32)
+        self.report("load", 1, 1)
+        return model
+
+
+def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Session:
+    """Open the model's description and resolve target and workload; no weight is allocated."""
+    report("open", 0, 1)
+    workload = workload_module.parse(config.workload)
+    chosen, local = resolve_target(config.target)
+    opened = open_model(config.model, config.dtype, config.latency_only)
+    report("open", 1, 1)
+    return Session(folder, config, opened, chosen, local, workload, report)
+
+
+def resolve_target(name: str) -> tuple[Target, bool]:
+    """A profile by name or file, or this machine ("auto") with ceilings measured once and remembered."""
+    if name != "auto":
+        return target.load(name), False
+    memo = Memo(user_folder() / "measurements.sqlite")
+    try:
+        return probe(detect.detect(), memo), True
+    finally:
+        memo.close()
+
+
+def vocabulary(opened: OpenModel) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(opened.folder, local_files_only=True, trust_remote_code=False)
+    return int(getattr(config, "vocab_size", 256))

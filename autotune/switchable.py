@@ -1,0 +1,145 @@
+"""The real model with every surviving scheme packed side by side, so that configurations can be run interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotune import runtime
+from autotune.compress.database import WeightDatabase, stacked_bias, stacked_weight
+from autotune.kernels.linear import ZEROS, FusedGroup, alternative, install
+from autotune.kernels.reference import random_weight
+from autotune.kernels.spec import GroupWeight, kernel
+from autotune.kernels.spec import load as load_kernel
+from autotune.model import OpenModel, load_model
+from autotune.plan import Plan
+from autotune.profilers.latency import LatencyTable
+from autotune.search_space.groups import LayerGroup, ModelSpec
+from autotune.search_space.space import SearchSpace
+from autotune.search_space.workload import Workload
+
+__all__ = ["ZEROS", "SwitchableModel", "switchable"]
+
+
+class SwitchableModel:
+    """A transformers model whose layer groups run any packed scheme; `select` switches in place."""
+
+    def __init__(self, model: nn.Module, spec: ModelSpec, groups: Mapping[str, FusedGroup], resident: bool) -> None:
+        """`resident`: the weights fit the last cache, so a request is run once untimed before it is timed."""
+        self.model = model
+        self.spec = spec
+        self.groups = dict(groups)
+        self._resident = resident
+
+    def select(self, configuration: Mapping[str, str]) -> None:
+        """Group -> scheme (or `ZEROS`); groups not named become dense."""
+        for name, group in self.groups.items():
+            wanted = configuration.get(name, self.spec.dtype)
+            if group.active != wanted:
+                group.select(wanted)
+
+    @torch.inference_mode()
+    def outputs(self, document: torch.Tensor) -> torch.Tensor:
+        """Logits (positions, vocabulary), or an encoder's last hidden state (positions, hidden)."""
+        output = self.model(document.unsqueeze(0))
+        return (output.last_hidden_state if self.spec.task == "encoder" else output.logits)[0]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def time_request(self, batch: int, prompt: int, steps: int) -> tuple[float, float]:
+        """(seconds of the prefill, median seconds of a decode step; 0 without steps)."""
+        ids = torch.arange(batch * prompt).view(batch, prompt) % 97
+        if self.spec.task == "encoder":
+            return self._timed(lambda: self.model(ids)), 0.0
+        if self._resident:
+            self.model(ids, use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        output = self.model(ids, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - start
+        seconds = []
+        for _ in range(steps and steps + 1):  # the first step warms up
+            token = output.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            output = self.model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            seconds.append(time.perf_counter() - start)
+        return prefill, sorted(seconds[1:])[len(seconds[1:]) // 2] if steps else 0.0
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        if self._resident:
+            call()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def continue_prompt(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Greedy continuation of (positions,) ids; returns the new ids only."""
+        output = self.model.generate(  # type: ignore[operator]
+            ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0), max_new_tokens=tokens, do_sample=False
+        )
+        return output[0, len(ids) :]  # type: ignore[no-any-return]
+
+    def save(self, folder: Path, opened: OpenModel, plan: Plan, weights: WeightDatabase | None) -> None:
+        """Write the plan's compressed model."""
+        source = load_model(opened)
+        configuration = plan.configuration
+        canonical, shared = {}, set()
+        for group in self.spec.groups:
+            name = configuration[group.name]
+            canonical[group.name] = _weight(source, group, name, self.spec.dtype, opened.dtype, weights)
+            if name == self.spec.dtype and group.role == "lm_head" and self.spec.tied_embeddings:
+                shared.add(group.name)
+        runtime.save(folder, opened.folder, plan, self.model, canonical, shared)
+
+
+def switchable(
+    opened: OpenModel,
+    space: SearchSpace,
+    table: LatencyTable,
+    workload: Workload,
+    weights: WeightDatabase | None,
+    last_cache_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> SwitchableModel:
+    """Load the model and pack every usable scheme with its fastest kernel; random codes where there is no database."""
+    spec = opened.spec
+    model = load_model(opened)
+    groups = {}
+    for number, group in enumerate(spec.groups):
+        fused = FusedGroup(group.in_features, [member.out_features for member in group.members])
+        for entry in space.schemes(group.name):
+            choice = table.best(group, entry.scheme, workload)
+            assert choice is not None
+            item = kernel(choice.kernel)
+            weight = _weight(model, group, entry.scheme, spec.dtype, opened.dtype, weights)
+            fused.add(entry.scheme, alternative(item, load_kernel(item).pack(weight, opened.dtype)))
+        install(model, [member.module for member in group.members], fused)
+        groups[group.name] = fused
+        if progress:
+            progress(number + 1, len(spec.groups))
+    return SwitchableModel(model, spec, groups, spec.dense_bytes <= 4 * last_cache_bytes)
+
+
+def _weight(
+    model: nn.Module,
+    group: LayerGroup,
+    name: str,
+    dense: str,
+    dtype: torch.dtype,
+    weights: WeightDatabase | None,
+) -> GroupWeight:
+    bias = stacked_bias(model, group, dtype)
+    if name == dense:
+        single = group.members[0]
+        module: Any = model.get_submodule(single.module)
+        if len(group.members) == 1 and not single.transposed:
+            return GroupWeight(name, dense=module.weight.detach(), bias=bias)
+        return GroupWeight(name, dense=stacked_weight(model, group).to(dtype), bias=bias)
+    if weights is None:
+        generator = torch.Generator().manual_seed(0)
+        return random_weight(name, group.out_features, group.in_features, dtype, bias is not None, generator)
+    return weights.load(group, name, bias)

@@ -1,0 +1,119 @@
+"""The stages that measure: latency table, weight database, loss table and end-to-end calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from autotune import verify
+from autotune.compress import calibrate, database
+from autotune.compress.database import WeightDatabase
+from autotune.kernels.spec import KERNELS, kernel_hash
+from autotune.profilers import latency
+from autotune.profilers.latency import LatencyTable
+from autotune.profilers.prune import prune
+from autotune.reference_model import ReferenceModel
+from autotune.score import LossTable, score
+from autotune.search_space import space as space_module
+from autotune.search_space.space import SearchSpace
+from autotune.session import Session
+from autotune.store import Memo, user_folder, write_text
+from autotune.switchable import SwitchableModel
+from autotune.verify import Calibration, EndToEnd
+
+
+def build_space(session: Session) -> SearchSpace:
+    return space_module.build(session.spec, session.target, KERNELS, session.local, session.config.schemes)
+
+
+def profile(session: Session, space: SearchSpace) -> LatencyTable:
+    """Measured on this machine, or estimated from the target's roofline."""
+    path = session.folder.path / "latency.csv"
+
+    def compute() -> LatencyTable:
+        if not session.local:
+            return latency.estimate(session.spec, space, session.target, session.workload, KERNELS)
+        memo = Memo(user_folder() / "measurements.sqlite")
+        try:
+            progress = session.progress("profile")
+            return latency.profile(session.spec, space, session.target, session.workload, memo, progress=progress)
+        finally:
+            memo.close()
+
+    return session.folder.stage(
+        "profile",
+        _profile_inputs(session, space),
+        compute,
+        lambda table: table.to_csv(path),
+        lambda: LatencyTable.from_csv(path),
+    )
+
+
+def _profile_inputs(session: Session, space: SearchSpace) -> list[Any]:
+    usable = [[entry.group, entry.scheme, entry.legality.kernels] for entry in space.usable()]
+    hashes = {spec.name: kernel_hash(spec) for spec in KERNELS if spec.device == session.target.device}
+    shapes = [[g.name, [m.out_features for m in g.members], g.in_features, g.bias] for g in session.spec.groups]
+    target = session.target.to_json() | {"ceilings": None}  # measured ceilings vary and do not enter measured rows
+    return [shapes, session.spec.dtype, target, str(session.workload), usable, hashes]
+
+
+def prune_space(session: Session, space: SearchSpace, table: LatencyTable) -> SearchSpace:
+    """Drop, with the reason, what failed to measure or is dominated."""
+    keep_bytes = session.config.max_memory_bytes is not None
+    return space.without(prune(session.spec, space, table, session.workload, keep_bytes))
+
+
+def compress(session: Session, space: SearchSpace, model: nn.Module) -> WeightDatabase:
+    """Calibrate, then compress every surviving entry that is not in the database yet."""
+    session.report("compress", 0, 1, "calibration")
+    moments = calibrate.input_moments(model, session.spec, session.calibration_documents)
+    return database.build(
+        model, session.spec, space, moments, session.folder.path / "database", session.progress("compress")
+    )
+
+
+def loss_table(session: Session, space: SearchSpace, reference: ReferenceModel) -> LossTable:
+    """Estimated loss of every surviving entry, by the Fisher Gram diagonal."""
+    config = session.config
+    path = session.folder.path / "loss.csv"
+    settings = [config.score_tokens, config.score_length, config.score_draws, config.seed]
+
+    def compute() -> LossTable:
+        progress = session.progress("score")
+        return score(reference, space, session.score_documents, config.score_draws, config.seed, progress)
+
+    return session.folder.stage(
+        "score",
+        [settings, session.documents.digest, sorted(reference.database.entries.values())],
+        compute,
+        lambda table: write_text(path, table.to_csv()),
+        lambda: LossTable.from_csv(path.read_text(encoding="utf-8")),
+    )
+
+
+def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[str]]:
+    """Group -> usable schemes, the dense one first."""
+    return {group.name: [entry.scheme for entry in space.schemes(group.name)] for group in session.spec.groups}
+
+
+def calibrate_latency(
+    session: Session, space: SearchSpace, table: LatencyTable, model: SwitchableModel | None
+) -> Calibration:
+    """Rest of the model and a factor per scheme from interleaved runs; with nothing to run, nothing is added."""
+    if model is None:
+        return Calibration(0.0, {}, None)
+    available = available_schemes(space, session)
+    return session.folder.json_stage(
+        "calibration",
+        [table.hash, available, str(session.workload)],
+        lambda: verify.calibrate(model, table, available, session.workload, 20.0, session.progress("calibrate")),
+        asdict,
+        _decode_calibration,
+    )
+
+
+def _decode_calibration(value: Mapping[str, Any]) -> Calibration:
+    return Calibration(value["rest_us"], value["factors"], EndToEnd.from_json(value["end_to_end"]))

@@ -1,0 +1,92 @@
+"""Measured loss of a configuration against the dense model, document by document.
+
+Causal language models: KL(dense || candidate) and the rise of the negative log-likelihood of the text itself, both from
+one forward pass, summed over the scored tokens, in nats. Encoders: squared error of the output embeddings against their
+squared norm, in both columns; its "tokens" are that norm, so sums divide to the relative squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from autotune.reference_model import ReferenceModel
+from autotune.search.problem import Evaluation
+
+_CACHE_BYTES = 2**30
+_CHUNK_ELEMENTS = 2**22  # logits are compared in pieces of tokens that stay in cache
+
+
+class Teacher:
+    """The dense model's outputs on fixed documents, and candidates measured against them."""
+
+    def __init__(self, model: ReferenceModel, documents: Sequence[torch.Tensor], looks: Sequence[float]) -> None:
+        """`looks`: the shares of the documents that each look sees, growing; the last is 1."""
+        self.model = model
+        self.documents = list(documents)
+        self.looks = tuple(max(1, round(share * len(documents))) for share in looks)  # counts
+        self.encoder = model.spec.task == "encoder"
+        self._outputs: dict[int, torch.Tensor] = {}
+        self._cached_bytes = 0
+
+    def measure(self, configuration: Mapping[str, str], look: int = -1) -> Evaluation:
+        """Loss of group name -> scheme name (groups not named stay dense) on the documents of a look."""
+        compare = self._compare_embeddings if self.encoder else self._compare_logits
+        rows = []
+        for index in range(self.looks[look]):
+            dense = self._dense(index)
+            self.model.select(configuration)
+            rows.append(compare(dense, self._forward(index), self.documents[index]))
+        tokens, kl, dnll = zip(*rows, strict=True)
+        return Evaluation(tokens, kl, dnll)
+
+    def perplexity(self) -> float:
+        """The dense model's, on all documents; for an encoder this is not defined and 0 is returned."""
+        if self.encoder:
+            return 0.0
+        total = sum(float(_nll(self._dense(i), document).sum()) for i, document in enumerate(self.documents))
+        tokens = sum(len(document) - 1 for document in self.documents)
+        return float(torch.tensor(total / tokens).exp())
+
+    def _dense(self, index: int) -> torch.Tensor:
+        if index in self._outputs:
+            return self._outputs[index]
+        self.model.select({})
+        output = self._forward(index)
+        if self._cached_bytes + output.nbytes <= _CACHE_BYTES:
+            self._outputs[index] = output
+            self._cached_bytes += output.nbytes
+        return output
+
+    @torch.inference_mode()
+    def _forward(self, index: int) -> torch.Tensor:
+        """Causal LM: logits (positions, vocabulary); encoder: last hidden state (positions, hidden)."""
+        output = self.model.model(self.documents[index].unsqueeze(0))
+        states: torch.Tensor = output.last_hidden_state if self.encoder else output.logits
+        return states[0].float()
+
+    def _compare_logits(
+        self, dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[float, float, float]:
+        kl = dnll = 0.0
+        step = max(1, _CHUNK_ELEMENTS // dense.shape[1])
+        scored = len(ids) - 1
+        for start in range(0, scored, step):
+            rows = slice(start, min(start + step, scored))
+            p, q = F.log_softmax(dense[rows], -1), F.log_softmax(other[rows], -1)
+            label = ids[1:][rows].unsqueeze(1)
+            dnll += float((p.gather(1, label) - q.gather(1, label)).double().sum())
+            kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        return float(scored), kl, dnll
+
+    def _compare_embeddings(
+        self, dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[float, float, float]:
+        error = float((other - dense).double().square().sum())
+        return float(dense.double().square().sum()), error, error
+
+
+def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:-1], ids[1:], reduction="none")

@@ -1,0 +1,192 @@
+"""Layer groups as modules: q/k/v run as one kernel call inside model classes that call three layers.
+
+A `FusedGroup` owns the packed weights; one `GroupSlice` per member takes the place of the model's linear layer (or of
+GPT-2's Conv1D, which computes the same y = x W^T + b). The first slice registers the group as a submodule, the others
+only refer to it. The first member called on a new input computes all outputs; each member takes its slice once, and the
+last one clears input and output. An input is recognised by identity and by its version counter; inference-mode tensors
+have no counter, so there an in-place change of the input *between* two members of one group would be missed.
+
+A group holds alternatives under names and switches between them in place (`select`), so that configurations can be
+timed interleaved; the alternative `zeros` is always there and computes nothing. Packed weights are opaque: they are not
+part of the state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from autotune.errors import InputError, did_you_mean
+from autotune.kernels.spec import Packed, load
+from autotune.search_space.coverage import KernelSpec
+
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to compute a group: a kernel's `run` on its packed weights."""
+
+    run: Callable[[Packed, torch.Tensor], torch.Tensor]
+    packed: Packed
+
+
+def alternative(spec: KernelSpec, packed: Packed) -> Alternative:
+    return Alternative(load(spec).run, packed)
+
+
+class FusedGroup(nn.Module):
+    """The members' outputs, computed together; `sizes` are their numbers of outputs, in the order rows are stacked."""
+
+    def __init__(self, in_features: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.sizes = tuple(sizes)
+        self.out_features = sum(self.sizes)
+        self.active = ZEROS
+        self._alternatives: dict[str, Alternative] = {}
+        self._bounds = [(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(len(self.sizes))]
+        self._handle = _next_handle()
+        _GROUPS[self._handle] = self
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._seen = 0
+        self._waiting: frozenset[int] = frozenset()  # members that have not taken their slice yet
+
+    def add(self, name: str, choice: Alternative) -> None:
+        """Keep packed weights under a name; the first one added becomes active.
+
+        Raises:
+            InputError: `kernel.weight` when they are not of this group's shape, or the name is taken by `zeros`.
+        """
+        shape = (choice.packed.out_features, choice.packed.in_features)
+        if shape != (self.out_features, self.in_features) or name == ZEROS:
+            expected = f"({self.out_features}, {self.in_features})"
+            raise InputError("kernel.weight", f"{name!r} of shape {shape} cannot serve a group of shape {expected}.")
+        first = not self._alternatives
+        self._alternatives[name] = choice
+        if first:
+            self.select(name)
+
+    def select(self, name: str) -> None:
+        """Switch to other packed weights, in place.
+
+        Raises:
+            InputError: `kernel.alternative` when there are none of that name.
+        """
+        if name != ZEROS and name not in self._alternatives:
+            hint = did_you_mean(name, [*self._alternatives, ZEROS])
+            raise InputError("kernel.alternative", f"the group holds no weights named {name!r}.", hint)
+        self.active = name
+        self._forget()
+
+    def remove(self, name: str) -> None:
+        """Let go of packed weights that are not active."""
+        if name == self.active:
+            raise InputError("kernel.alternative", f"{name!r} is active.", "Select another one first.")
+        self._alternatives.pop(name, None)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the active packed weights."""
+        return 0 if self.active == ZEROS else self._alternatives[self.active].packed.bytes
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs: x (..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            return cast(torch.Tensor, torch.ops.autotune.run_group(x, self._handle, self.out_features))
+        return self._compute(x)
+
+    def member(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of one member: x (..., in) -> (..., sizes[index])."""
+        if len(self.sizes) == 1:
+            return self.compute(x)
+        if self._input is not x or index not in self._waiting or self._seen != _version(x):
+            self._output = self.compute(x)
+            self._input, self._seen = x, _version(x)
+            self._waiting = frozenset(range(len(self.sizes)))
+        start, end = self._bounds[index]
+        y = cast(torch.Tensor, self._output)[..., start:end]
+        self._waiting = self._waiting - {index}
+        if not self._waiting:
+            self._forget()
+        return y
+
+    def slices(self) -> tuple[GroupSlice, ...]:
+        """One module per member, to be put where the model's layers are."""
+        return tuple(GroupSlice(self, index) for index in range(len(self.sizes)))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, sizes={self.sizes}, active={self.active!r}"
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        if self.active == ZEROS:
+            return x.new_zeros((*x.shape[:-1], self.out_features))
+        choice = self._alternatives[self.active]
+        packed = choice.packed
+        if x.dtype != packed.dtype or x.shape[-1] != self.in_features:
+            expected = f"(..., {self.in_features}) {packed.dtype}"
+            raise InputError("kernel.input", f"a group packed for {expected} was given {tuple(x.shape)} {x.dtype}.")
+        if x.dim() == 2 and x.is_contiguous():
+            return choice.run(packed, x)
+        y = choice.run(packed, x.reshape(-1, self.in_features).contiguous())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forget(self) -> None:
+        self._input = self._output = None
+        self._seen = 0
+        self._waiting = frozenset()
+
+
+class GroupSlice(nn.Module):
+    """Stands in for one linear layer of a group."""
+
+    def __init__(self, group: FusedGroup, index: int) -> None:
+        super().__init__()
+        self.in_features = group.in_features
+        self.out_features = group.sizes[index]
+        self.index = index
+        if index == 0:
+            self.group = group
+        else:
+            object.__setattr__(self, "group", group)  # a plain reference: owned, moved and listed once, by the first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group.member(self.index, x)
+
+
+def install(model: nn.Module, modules: Sequence[str], group: FusedGroup) -> None:
+    """Put a group's slices at the module paths of its members, in their order."""
+    for path, piece in zip(modules, group.slices(), strict=True):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, piece)
+
+
+def _version(x: torch.Tensor) -> int:
+    """The tensor's count of in-place changes; 0 where torch keeps none."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
+
+
+# torch.compile cannot look into opaque packed tensors: it sees one operator that finds its group by number.
+_GROUPS: WeakValueDictionary[int, FusedGroup] = WeakValueDictionary()
+
+
+def _next_handle() -> int:
+    return max(_GROUPS.keys(), default=-1) + 1
+
+
+@torch.library.custom_op("autotune::run_group", mutates_args=())
+def _run_group(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    return _GROUPS[handle]._compute(x)
+
+
+@_run_group.register_fake
+def _run_group_shape(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))

@@ -1,0 +1,111 @@
+"""Exact bit packing of integer codes and of 2:4 patterns, for storage; kernels have layouts of their own.
+
+Eight codes of b bits make b bytes, least significant first, rows padded to whole bytes: ceil(in * b / 8) bytes a row.
+4-bit codes are therefore two to a byte, the earlier one in the low nibble. Codes are two's complement. A 2:4 tensor
+keeps two values of every four inputs, in order, and where they were: 2 bits each, four to a byte.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from autotune.errors import InputError
+
+# For each mask of non-zeros in a group of four (bit i: input i), the two positions kept, ascending; 255: too many.
+_FIRST = torch.tensor([0, 0, 0, 0, 0, 0, 1, 255, 0, 0, 1, 255, 2, 255, 255, 255], dtype=torch.uint8)
+_SECOND = torch.tensor([1, 1, 1, 1, 2, 2, 2, 255, 3, 3, 3, 255, 3, 255, 255, 255], dtype=torch.uint8)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes (out, in) within -2^(bits-1) .. 2^(bits-1)-1 to uint8 (out, ceil(in * bits / 8)); bits: 2, 3, 4 or 8.
+
+    Raises:
+        InputError: `packing.bits`, `packing.range`.
+    """
+    _check_bits(bits)
+    if bits == 8:
+        return codes.contiguous().view(torch.uint8).clone()
+    half = 2 ** (bits - 1)
+    if codes.numel() and not (-half <= int(codes.min()) and int(codes.max()) < half):
+        found = f"{int(codes.min())}..{int(codes.max())}"
+        raise InputError(
+            "packing.range", f"codes {found} do not fit {bits} bits.", f"Clamp them to {-half}..{half - 1}."
+        )
+    return _pack_unsigned(codes.bitwise_and(2**bits - 1), bits)
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
+    """The int8 codes (out, in_features) that `pack_codes` was given.
+
+    Raises:
+        InputError: `packing.bits`, `packing.shape`.
+    """
+    _check_bits(bits)
+    if packed.shape[1] != -(-in_features * bits // 8):
+        raise InputError("packing.shape", f"{packed.shape[1]} bytes a row are not {in_features} codes of {bits} bits.")
+    if bits == 8:
+        return packed.contiguous().view(torch.int8).clone()
+    half = 2 ** (bits - 1)
+    return _unpack_unsigned(packed, bits, in_features).bitwise_xor_(half).sub_(half)
+
+
+def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) with at most two non-zeros in every four inputs to values (out, in/2) and positions uint8 (out, in/8).
+
+    Where fewer than two are non-zero, the lowest free positions fill up with zeros.
+
+    Raises:
+        InputError: `packing.pattern` when a group of four has more than two non-zeros, or `in` is not a multiple of 4.
+    """
+    rows, inputs = codes.shape
+    if inputs % 4:
+        raise InputError("packing.pattern", f"{inputs} inputs are not a multiple of 4, as 2:4 needs.")
+    quads = codes.reshape(rows, inputs // 4, 4)
+    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
+    mask = ((quads != 0).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8).int()
+    first, second = _FIRST[mask], _SECOND[mask]
+    if bool((first == 255).any()):
+        bad = int((first == 255).sum())
+        raise InputError(
+            "packing.pattern", f"{bad} groups of four inputs have more than two non-zeros.", "Prune first."
+        )
+    positions = torch.stack([first, second], -1)  # (out, in/4, 2)
+    values = quads.gather(-1, positions.long()).view(rows, inputs // 2)
+    return values, _pack_unsigned(positions.view(rows, inputs // 2), 2)
+
+
+def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The tensor (out, in) that `compress_24` was given."""
+    rows, survivors = values.shape
+    if survivors % 2 or positions.shape[1] != -(-survivors // 4):
+        raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
+    index = _unpack_unsigned(positions, 2, survivors).view(rows, survivors // 2, 2).long()
+    quads = torch.zeros(rows, survivors // 2, 4, dtype=values.dtype)
+    return quads.scatter_(-1, index, values.view(rows, survivors // 2, 2)).view(rows, survivors * 2)
+
+
+def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    rows, inputs = codes.shape
+    words = torch.zeros(rows, -(-inputs // 8), dtype=torch.int32)  # eight codes of at most 4 bits
+    for place in range(8):
+        part = codes[:, place::8]
+        words[:, : part.shape[1]] |= part.to(torch.int32) << (bits * place)
+    bytes_ = [(words >> (8 * i)).bitwise_and_(255).to(torch.uint8) for i in range(bits)]
+    return torch.stack(bytes_, -1).view(rows, -1)[:, : -(-inputs * bits // 8)].contiguous()
+
+
+def _unpack_unsigned(packed: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
+    rows, groups = packed.shape[0], -(-inputs // 8)
+    padded = torch.zeros(rows, groups * bits, dtype=torch.uint8)
+    padded[:, : packed.shape[1]] = packed
+    padded = padded.view(rows, groups, bits)
+    words = torch.zeros(rows, groups, dtype=torch.int32)
+    for i in range(bits):
+        words |= padded[:, :, i].to(torch.int32) << (8 * i)
+    places = [(words >> (bits * place)).bitwise_and_(2**bits - 1).to(torch.int8) for place in range(8)]
+    return torch.stack(places, -1).view(rows, -1)[:, :inputs].contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (2, 3, 4, 8):
+        raise InputError("packing.bits", f"codes of {bits} bits cannot be packed.", "Use 2, 3, 4 or 8.")
