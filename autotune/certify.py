@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from autotune.switchable import SwitchableModel
+from autotune.search_space.groups import ModelSpec
 
 State = Literal["certified", "not_certified", "violated", "not_applicable"]
 LOOKS = ((0.4, 0.02), (1.0, 0.03))  # (share of the documents seen, error probability spent)
@@ -79,8 +79,21 @@ def expected_error(kl_nats: float, tokens: float, design_effect: float = 3.0) ->
     return 1.15 * math.sqrt(2 * kl_nats * design_effect / tokens)
 
 
+class Judged(Protocol):
+    """A model that can be any configuration: `SwitchableModel` on real kernels, or `ReferenceModel`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def select(self, configuration: Mapping[str, str]) -> None: ...
+
+    def outputs(self, document: torch.Tensor) -> torch.Tensor:
+        """Logits (positions, vocabulary), or an encoder's last hidden state (positions, hidden)."""
+        ...
+
+
 def certify(
-    model: SwitchableModel,
+    model: Judged,
     finalists: Sequence[Mapping[str, str]],
     documents: Sequence[torch.Tensor],
     limit: float,
@@ -137,7 +150,7 @@ def _certificate(row: _Sums, limit: float, alpha: float, data: str) -> Certifica
 
 @torch.inference_mode()
 def _measure(
-    model: SwitchableModel, finalists: Sequence[Mapping[str, str]], document: torch.Tensor, rows: Sequence[_Sums]
+    model: Judged, finalists: Sequence[Mapping[str, str]], document: torch.Tensor, rows: Sequence[_Sums]
 ) -> None:
     """One document through the dense model and every finalist."""
     model.select({})

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from autotune import decide, planning, tables
+from autotune.certify import Certificate
+from autotune.config import RunConfig
+from autotune.decide import Point, configuration, decode_certificate
 from autotune.errors import InfeasibleError, InputError, UsageError
+from autotune.models import Models
+from autotune.result import Result
+from autotune.run import RunFolder, silent
+from autotune.search.codec import decode_front
+from autotune.search.front import fits
+from autotune.search.problem import Budget
+from autotune.session import Session, open_session
+from autotune.store import locked, read_json
 
 
 def choose_point(
@@ -24,11 +36,90 @@ def choose_point(
         InputError: `config.missing`, `plan.point`.
         InfeasibleError: `search.infeasible` with the nearest point.
     """
-    from autotune.config import RunConfig
-    from autotune.tune import tune
-
     if max_loss is None and point is None and max_memory_bytes is None:
         raise UsageError("plan.choose", "no criterion was given.", "Give --max-loss, --point or --max-memory.")
     config = RunConfig.load(run / "config.yaml").model_copy(update={"out": str(run)})
-    result = tune(config, until="search")
-    raise NotImplementedError((result, math, InfeasibleError, InputError))
+    with locked(run):
+        result = _reload(RunFolder(run), config)
+        chosen = _point(result, point) if point is not None else _fastest(result, max_loss, max_memory_bytes)
+        plan = planning.build_plan(result, chosen)
+        name = f"point-{point}" if point is not None else f"loss-{max_loss}-memory-{max_memory_bytes}"
+        path = run / f"plan-{name}.json"
+        plan.save(path)
+    return path, _statement(result, chosen)
+
+
+def _reload(folder: RunFolder, config: RunConfig) -> Result:
+    """The finished run's tables and front; every stage finds its artifact, so nothing is computed."""
+    if not (folder.path / "front.json").is_file():
+        raise InputError("plan.choose", f"{folder.path} has no finished search.", "Run `autotune search` on it first.")
+    session = open_session(folder, config, silent)
+    space = tables.build_space(session)
+    table = tables.profile(session, space)
+    space = tables.prune_space(session, space, table)
+    result = Result(session, space, table)
+    models = Models(session, space, table)
+    if not config.latency_only:
+        result.database = models.database = tables.compress(session, space, models)
+        result.losses = tables.loss_table(session, space, models)
+    result.calibration = tables.calibrate_latency(session, space, table, models)
+    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
+    result.front = decode_front(read_json(folder.path / "front.json", "run"))
+    result.points = tuple(decide.pick_points(session, result.problem, result.front))
+    return result
+
+
+def _point(result: Result, number: int) -> Point:
+    for point in result.points:
+        if point.name == f"point {number}":
+            return point
+    known = ", ".join(point.name.removeprefix("point ") for point in result.points)
+    raise InputError("plan.point", f"the front has no point {number}.", f"It has {known}.")
+
+
+def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | None) -> Point:
+    session, problem, front = result.session, result.problem, result.front
+    assert problem is not None and front is not None
+    limit = session.search_limit if max_loss is None else _limit(session, max_loss)
+    memory = max_memory_bytes if max_memory_bytes is not None else session.config.max_memory_bytes
+    budget = Budget(limit, memory)
+    feasible = [candidate for candidate in front.candidates if fits(candidate, budget)]
+    if not feasible:
+        nearest = min(front.candidates, key=lambda candidate: candidate.weight_bytes)
+        what = f"the smallest has {nearest.weight_bytes:,} bytes, loss {nearest.evaluation.dnll_nats:.2e} nats"
+        raise InfeasibleError("search.infeasible", f"no point of this search fits; {what}.", "Search again.")
+    best = min(feasible, key=lambda candidate: candidate.latency_us)
+    named = {point.candidate.genotype: point for point in result.points}
+    return named.get(best.genotype, Point(best.source, best, False))
+
+
+def _limit(session: Session, max_loss: float) -> float:
+    """The search limit another budget would have: the same margin for certification."""
+    config = session.config.model_copy(update={"max_loss": max_loss})
+    return Session(
+        session.folder, config, session.opened, session.target, session.local, session.workload, session.report
+    ).search_limit
+
+
+def _statement(result: Result, point: Point) -> str:
+    assert result.problem is not None
+    speedup = result.problem.latency_us(result.problem.dense) / point.candidate.latency_us
+    text = f"{point.name}, predicted {speedup:.2f}x dense"
+    if result.losses is not None:
+        text += f", loss {math.expm1(point.candidate.evaluation.dnll_nats):.2%} on the search documents"
+    certificate = _certificate(result, point)
+    return f"{text}; {certificate.statement if certificate else 'not certified: tune with this budget to certify it'}"
+
+
+def _certificate(result: Result, point: Point) -> Certificate | None:
+    """A certificate the finished run has for this very configuration and budget."""
+    assert result.problem is not None
+    file = result.session.folder.path / "certificates.json"
+    if not file.is_file() or not point.finalist:
+        return None
+    order = sorted((p for p in result.points if p.finalist), key=lambda p: p.candidate.evaluation.kl_nats)
+    wanted = configuration(result.problem, point.candidate.genotype)
+    for tested, value in zip(order, read_json(file, "run"), strict=False):
+        if configuration(result.problem, tested.candidate.genotype) == wanted:
+            return decode_certificate(value)
+    return None

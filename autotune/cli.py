@@ -19,7 +19,7 @@ from autotune.config import RunConfig, parse_bytes, parse_loss
 from autotune.errors import AutotuneError, UsageError
 
 if TYPE_CHECKING:
-    from autotune.tune import Result
+    from autotune.result import Result
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__.split("\n")[0]

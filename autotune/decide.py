@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from autotune import verify
 from autotune.certify import Bound, Certificate, certify
 from autotune.errors import InfeasibleError
 from autotune.kernels.spec import kernel as kernel_named
+from autotune.models import LOOK_SHARES, Models
 from autotune.profilers.latency import LatencyTable
 from autotune.score import LossTable
 from autotune.search.codec import decode_evaluation, decode_front, encode_evaluation, encode_front
@@ -31,10 +32,7 @@ from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import digest
 from autotune.switchable import SwitchableModel
-from autotune.teacher import Teacher
 from autotune.verify import Calibration, EndToEnd
-
-LOOK_SHARES = (0.25, 1.0)  # of the search documents, what each look of a race sees
 
 
 def build_problem(
@@ -85,22 +83,23 @@ def latency_limit_us(session: Session, problem: Problem) -> float | None:
     return problem.latency_us(problem.dense) / session.config.min_speedup
 
 
-def run_search(session: Session, problem: Problem, teacher: Teacher | None, stop: Any = None) -> Front:
+def run_search(session: Session, problem: Problem, models: Models, stop: Callable[[], bool]) -> Front:
     """Study over corrections and outer choices; without losses, the fastest configuration within memory."""
     config = session.config
     budget = Budget(session.search_limit, config.max_memory_bytes, latency_limit_us(session, problem))
-    if teacher is None:
+    if config.latency_only:
         return _latency_only_front(problem, budget)
     memo = session.folder.memo()
-    key = [session.documents.digest, config.search_tokens, config.search_length, session.spec.model_hash]
-    key.append(digest(sorted(map(list, teacher.model.database.entries.items()), key=str)))
+    assert models.database is not None
+    key: list[Any] = [session.documents.digest, config.search_tokens, config.search_length, session.spec.model_hash]
+    key.append(sorted(models.database.entries.values()))
 
     def evaluate(genotype: Genotype, look: int) -> Evaluation:
         chosen = configuration(problem, genotype)
-        name = digest([key, chosen, teacher.looks[look]])
+        name = digest([key, chosen, look])
         value = memo.get(name)
         if value is None:
-            value = encode_evaluation(teacher.measure(chosen, look))
+            value = encode_evaluation(models.teacher.measure(chosen, look))
             memo.put(name, value)
         return decode_evaluation(value)
 
@@ -125,9 +124,7 @@ def run_search(session: Session, problem: Problem, teacher: Teacher | None, stop
                 should_stop=stop,
             )
 
-        if stop is not None and stop():
-            return compute()
-        return session.folder.json_stage("front", inputs, compute, encode_front, decode_front)
+        return session.folder.json_stage("front", inputs, compute, encode_front, decode_front, lambda _: not stop())
     finally:
         memo.close()
 
@@ -257,11 +254,9 @@ def _infeasible(front: Front, problem: Problem, budget: Budget) -> InfeasibleErr
     )
 
 
-def measure_points(
-    session: Session, problem: Problem, points: Sequence[Point], model: SwitchableModel | None
-) -> EndToEnd | None:
+def measure_points(session: Session, problem: Problem, points: Sequence[Point], models: Models) -> EndToEnd | None:
     """End-to-end latency of dense and every point, one interleaved run; None where nothing can be run."""
-    if model is None:
+    if not session.local:
         return None
     configurations: dict[str, Mapping[str, str]] = {"dense": {}}
     configurations |= {point.name: configuration(problem, point.candidate.genotype) for point in points}
@@ -269,7 +264,9 @@ def measure_points(
     return session.folder.json_stage(
         "endtoend",
         [list(map(list, configurations.items())), _kernels_key(problem), str(session.workload)],
-        lambda: verify.measure(model, configurations, session.workload, 25.0, progress),
+        lambda: verify.measure(
+            cast(SwitchableModel, models.runnable), configurations, session.workload, 25.0, progress
+        ),
         EndToEnd.to_json,
         EndToEnd.from_json,
     )
@@ -279,18 +276,21 @@ def _kernels_key(problem: Problem) -> list[list[list[str]]]:
     return [[[option.scheme, option.kernel] for option in group.options] for group in problem.groups]
 
 
-def certify_points(session: Session, problem: Problem, points: Sequence[Point], model: Any) -> dict[str, Certificate]:
+def certify_points(
+    session: Session, problem: Problem, points: Sequence[Point], models: Models
+) -> dict[str, Certificate]:
     """Certificates of the finalists, tested from safest to fastest up to the first failure."""
     if session.config.latency_only:
         return {}
     order = sorted((p for p in points if p.finalist), key=lambda p: p.candidate.evaluation.kl_nats)
     configurations = [configuration(problem, point.candidate.genotype) for point in order]
     documents = session.certification_documents
+    name = session.documents.name
     progress = session.progress("certify")
     certificates = session.folder.json_stage(
         "certificates",
         [configurations, _kernels_key(problem), session.documents.digest, len(documents), session.limit],
-        lambda: certify(model, configurations, documents, session.limit, session.documents.name, progress),
+        lambda: certify(models.runnable or models.reference, configurations, documents, session.limit, name, progress),
         lambda value: [asdict(item) for item in value],
         lambda value: [decode_certificate(item) for item in value],
     )

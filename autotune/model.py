@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -202,7 +202,7 @@ def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) 
         if id(parameter) in owners:
             names[name] = owners[id(parameter)]
         elif tied and is_head:
-            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            embedding = cast(Any, model).get_input_embeddings()
             names[name] = owners.get(id(embedding.weight), names[name])
     return names
 

@@ -19,27 +19,19 @@ from autotune.plan import (
     SchemeSpec,
     TensorEntry,
 )
-from autotune.profilers.latency import LatencyTable
-from autotune.score import LossTable
-from autotune.search.problem import GroupOptions, Option, Problem
+from autotune.result import Result
+from autotune.search.problem import GroupOptions, Option
 from autotune.search_space.groups import LayerGroup
 from autotune.search_space.space import SearchSpace
-from autotune.session import Session
 from autotune.store import digest
 
 PACKAGES = ("torch", "transformers", "optuna", "numpy", "scipy")
 
 
-def build_plan(
-    session: Session,
-    space: SearchSpace,
-    table: LatencyTable,
-    losses: LossTable | None,
-    problem: Problem,
-    point: Point,
-    trials: int,
-) -> Plan:
+def build_plan(result: Result, point: Point) -> Plan:
     """The plan of one point; equal inputs give equal bytes."""
+    session, space, problem, losses = result.session, result.space, result.problem, result.losses
+    assert problem is not None and result.front is not None
     spec, config = session.spec, session.config
     chosen = configuration(problem, point.candidate.genotype)
     options = dict(zip((g.name for g in problem.groups), problem.chosen(point.candidate.genotype), strict=True))
@@ -76,13 +68,13 @@ def build_plan(
             dense_weight_bytes=problem.weight_bytes(problem.dense),
         ),
         provenance=Provenance(
-            latency_table=table.hash,
+            latency_table=result.table.hash,
             loss_table=None if losses is None else digest(losses.to_csv().encode()),
             documents=session.documents.digest if has_loss else None,
             kernels={o.kernel: kernel_hash(kernel_named(o.kernel)) for o in options.values()},
             packages={name: version(name) for name in PACKAGES},
             seed=config.seed,
-            trials=trials,
+            trials=len(result.front.trials),
         ),
     )
 

@@ -65,6 +65,13 @@ class ReferenceModel:
                 self._set(group, name)
                 self._current[group.name] = name
 
+    @torch.inference_mode()
+    def outputs(self, document: torch.Tensor) -> torch.Tensor:
+        """Causal LM: logits (positions, vocabulary); encoder: last hidden state (positions, hidden)."""
+        output = self.model(document.unsqueeze(0))
+        states: torch.Tensor = output.last_hidden_state if self.spec.task == "encoder" else output.logits
+        return states[0]
+
     def dense_weight(self, group: LayerGroup) -> torch.Tensor:
         """(out, in): the dense rows of all members."""
         return self._cached(group, self.spec.dtype, lambda: torch.cat([x.dense for x in self.layers[group.name]]))

@@ -38,9 +38,19 @@ class RunFolder:
         return Memo(self.path / "evaluations.sqlite")
 
     def stage(
-        self, name: str, inputs: Any, compute: Callable[[], T], save: Callable[[T], None], load: Callable[[], T]
+        self,
+        name: str,
+        inputs: Any,
+        compute: Callable[[], T],
+        save: Callable[[T], None],
+        load: Callable[[], T],
+        complete: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """Load the stage's artifact if it was made from equal inputs, else compute and save it."""
+        """Load the stage's artifact if it was made from equal inputs, else compute and save it.
+
+        Args:
+            complete: False for a result that was cut short; it is saved, but the next run computes it again.
+        """
         key = digest(inputs)
         records = self.records()
         if records.get(name, {}).get("key") == key:
@@ -48,7 +58,7 @@ class RunFolder:
         start = time.monotonic()
         value = compute()
         save(value)
-        self.record(name, key, time.monotonic() - start)
+        self.record(name, key if complete(value) else "incomplete", time.monotonic() - start)
         return value
 
     def json_stage(
@@ -58,12 +68,15 @@ class RunFolder:
         compute: Callable[[], T],
         encode: Callable[[T], Any],
         decode: Callable[[Any], T],
+        complete: Callable[[T], bool] = lambda _: True,
     ) -> T:
         """A stage whose artifact is `<name>.json`."""
         file = self.path / f"{name}.json"
-        return self.stage(
-            name, inputs, compute, lambda value: write_json(file, encode(value)), lambda: decode(read_json(file, "run"))
-        )
+
+        def save(value: T) -> None:
+            write_json(file, encode(value))
+
+        return self.stage(name, inputs, compute, save, lambda: decode(read_json(file, "run")), complete)
 
     def records(self) -> dict[str, dict[str, Any]]:
         file = self.path / "stages.json"

@@ -6,22 +6,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from autotune import verify
 from autotune.compress import calibrate, database
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.spec import KERNELS, kernel_hash
+from autotune.models import Models
 from autotune.profilers import latency
 from autotune.profilers.latency import LatencyTable
 from autotune.profilers.prune import prune
-from autotune.reference_model import ReferenceModel
 from autotune.score import LossTable, score
 from autotune.search_space import space as space_module
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import Memo, user_folder, write_text
-from autotune.switchable import SwitchableModel
 from autotune.verify import Calibration, EndToEnd
 
 
@@ -66,28 +63,43 @@ def prune_space(session: Session, space: SearchSpace, table: LatencyTable) -> Se
     return space.without(prune(session.spec, space, table, session.workload, keep_bytes))
 
 
-def compress(session: Session, space: SearchSpace, model: nn.Module) -> WeightDatabase:
+def compress(session: Session, space: SearchSpace, models: Models) -> WeightDatabase:
     """Calibrate, then compress every surviving entry that is not in the database yet."""
-    session.report("compress", 0, 1, "calibration")
-    moments = calibrate.input_moments(model, session.spec, session.calibration_documents)
-    return database.build(
-        model, session.spec, space, moments, session.folder.path / "database", session.progress("compress")
+    folder = session.folder.path / "database"
+    wanted = [[entry.group, entry.scheme] for entry in space.usable()]
+
+    def compute() -> WeightDatabase:
+        session.report("compress", 0, 1, "calibration")
+        moments = calibrate.input_moments(models.dense, session.spec, session.calibration_documents)
+        return database.build(models.dense, session.spec, space, moments, folder, session.progress("compress"))
+
+    def decode(rows: list[list[str]]) -> WeightDatabase:
+        found = WeightDatabase(folder, {(group, scheme): name for group, scheme, name in rows})
+        return found if all((folder / name).is_file() for name in found.entries.values()) else compute()
+
+    return session.folder.json_stage(
+        "compress",
+        [database.METHOD, session.spec.model_hash, session.documents.digest, session.config.calibration_tokens, wanted],
+        compute,
+        lambda value: [[group, scheme, name] for (group, scheme), name in value.entries.items()],
+        decode,
     )
 
 
-def loss_table(session: Session, space: SearchSpace, reference: ReferenceModel) -> LossTable:
+def loss_table(session: Session, space: SearchSpace, models: Models) -> LossTable:
     """Estimated loss of every surviving entry, by the Fisher Gram diagonal."""
     config = session.config
     path = session.folder.path / "loss.csv"
     settings = [config.score_tokens, config.score_length, config.score_draws, config.seed]
+    assert models.database is not None
 
     def compute() -> LossTable:
         progress = session.progress("score")
-        return score(reference, space, session.score_documents, config.score_draws, config.seed, progress)
+        return score(models.reference, space, session.score_documents, config.score_draws, config.seed, progress)
 
     return session.folder.stage(
         "score",
-        [settings, session.documents.digest, sorted(reference.database.entries.values())],
+        [settings, session.documents.digest, sorted(models.database.entries.values())],
         compute,
         lambda table: write_text(path, table.to_csv()),
         lambda: LossTable.from_csv(path.read_text(encoding="utf-8")),
@@ -99,21 +111,21 @@ def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[st
     return {group.name: [entry.scheme for entry in space.schemes(group.name)] for group in session.spec.groups}
 
 
-def calibrate_latency(
-    session: Session, space: SearchSpace, table: LatencyTable, model: SwitchableModel | None
-) -> Calibration:
+def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable, models: Models) -> Calibration:
     """Rest of the model and a factor per scheme from interleaved runs; with nothing to run, nothing is added."""
-    if model is None:
+    if not session.local:
         return Calibration(0.0, {}, None)
     available = available_schemes(space, session)
+
+    def compute() -> Calibration:
+        assert models.runnable is not None
+        progress = session.progress("calibrate")
+        return verify.calibrate(models.runnable, table, available, session.workload, 20.0, progress)
+
     return session.folder.json_stage(
-        "calibration",
-        [table.hash, available, str(session.workload)],
-        lambda: verify.calibrate(model, table, available, session.workload, 20.0, session.progress("calibrate")),
-        asdict,
-        _decode_calibration,
+        "calibration", [table.hash, available, str(session.workload)], compute, asdict, decode_calibration
     )
 
 
-def _decode_calibration(value: Mapping[str, Any]) -> Calibration:
+def decode_calibration(value: Mapping[str, Any]) -> Calibration:
     return Calibration(value["rest_us"], value["factors"], EndToEnd.from_json(value["end_to_end"]))

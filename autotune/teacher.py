@@ -38,7 +38,7 @@ class Teacher:
         for index in range(self.looks[look]):
             dense = self._dense(index)
             self.model.select(configuration)
-            rows.append(compare(dense, self._forward(index), self.documents[index]))
+            rows.append(compare(dense, self.model.outputs(self.documents[index]).float(), self.documents[index]))
         tokens, kl, dnll = zip(*rows, strict=True)
         return Evaluation(tokens, kl, dnll)
 
@@ -54,18 +54,11 @@ class Teacher:
         if index in self._outputs:
             return self._outputs[index]
         self.model.select({})
-        output = self._forward(index)
+        output = self.model.outputs(self.documents[index]).float()
         if self._cached_bytes + output.nbytes <= _CACHE_BYTES:
             self._outputs[index] = output
             self._cached_bytes += output.nbytes
         return output
-
-    @torch.inference_mode()
-    def _forward(self, index: int) -> torch.Tensor:
-        """Causal LM: logits (positions, vocabulary); encoder: last hidden state (positions, hidden)."""
-        output = self.model.model(self.documents[index].unsqueeze(0))
-        states: torch.Tensor = output.last_hidden_state if self.encoder else output.logits
-        return states[0].float()
 
     def _compare_logits(
         self, dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor

@@ -50,13 +50,9 @@ class FusedGroup(nn.Module):
         self.out_features = sum(self.sizes)
         self.active = ZEROS
         self._alternatives: dict[str, Alternative] = {}
-        self._bounds = [(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(len(self.sizes))]
         self._handle = _next_handle()
         _GROUPS[self._handle] = self
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-        self._seen = 0
-        self._waiting: frozenset[int] = frozenset()  # members that have not taken their slice yet
+        self._pending = _Pending()
 
     def add(self, name: str, choice: Alternative) -> None:
         """Keep packed weights under a name; the first one added becomes active.
@@ -83,7 +79,7 @@ class FusedGroup(nn.Module):
             hint = did_you_mean(name, [*self._alternatives, ZEROS])
             raise InputError("kernel.alternative", f"the group holds no weights named {name!r}.", hint)
         self.active = name
-        self._forget()
+        self._pending.clear()
 
     def remove(self, name: str) -> None:
         """Let go of packed weights that are not active."""
@@ -106,15 +102,15 @@ class FusedGroup(nn.Module):
         """The outputs of one member: x (..., in) -> (..., sizes[index])."""
         if len(self.sizes) == 1:
             return self.compute(x)
-        if self._input is not x or index not in self._waiting or self._seen != _version(x):
-            self._output = self.compute(x)
-            self._input, self._seen = x, _version(x)
-            self._waiting = frozenset(range(len(self.sizes)))
-        start, end = self._bounds[index]
-        y = cast(torch.Tensor, self._output)[..., start:end]
-        self._waiting = self._waiting - {index}
-        if not self._waiting:
-            self._forget()
+        pending = self._pending
+        if pending.input is not x or not pending.waiting >> index & 1 or pending.version != _version(x):
+            pending.outputs = self.compute(x).split(self.sizes, -1)
+            pending.input, pending.version = x, _version(x)
+            pending.waiting = (1 << len(self.sizes)) - 1
+        y = pending.outputs[index]
+        pending.waiting ^= 1 << index
+        if not pending.waiting:
+            pending.clear()
         return y
 
     def slices(self) -> tuple[GroupSlice, ...]:
@@ -137,10 +133,18 @@ class FusedGroup(nn.Module):
         y = choice.run(packed, x.reshape(-1, self.in_features).contiguous())
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _forget(self) -> None:
-        self._input = self._output = None
-        self._seen = 0
-        self._waiting = frozenset()
+
+class _Pending:
+    """An input whose outputs not all members have taken. Not part of the module: assigning to a module is slow."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.input: torch.Tensor | None = None
+        self.version = 0
+        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.waiting = 0  # bit i: member i has not taken its slice
 
 
 class GroupSlice(nn.Module):
@@ -151,13 +155,14 @@ class GroupSlice(nn.Module):
         self.in_features = group.in_features
         self.out_features = group.sizes[index]
         self.index = index
+        self._member = group.member
         if index == 0:
             self.group = group
         else:
             object.__setattr__(self, "group", group)  # a plain reference: owned, moved and listed once, by the first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.group.member(self.index, x)
+        return self._member(self.index, x)
 
 
 def install(model: nn.Module, modules: Sequence[str], group: FusedGroup) -> None:

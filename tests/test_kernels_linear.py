@@ -75,7 +75,7 @@ def test_one_call_serves_all_members(attention, shape, mode):
         for expected, found in zip(plain(x), fused(x), strict=True):
             torch.testing.assert_close(found, expected)
     assert counted.calls == 1
-    assert group._input is None and group._output is None
+    assert group._pending.input is None and group._pending.outputs == ()
 
 
 def test_strided_input(attention):

@@ -43,7 +43,7 @@ BODIES = {
 QUICK = Protocol(rounds=4, max_rounds=4, min_rounds=2, warm_s=0.0, sample_s=1e-4)
 CEILINGS = Ceilings(((2**25, 100.0), (2**27, 20.0)), {"fp32": 0.3, "bf16": 0.6, "int8": 1.2}, 5.0)
 TARGET = Target("cpu-test", "cpu", "test", (), 1, 2**30, 2**25, CEILINGS)
-CHAT = parse("1,4,2")
+CHAT, PREFILL = parse("1,4,2"), parse("1,4,0")
 
 
 def linear(name, out_features, in_features=64, bias=False):
@@ -202,10 +202,10 @@ def run(tmp_path, monkeypatch, small):
     space = build(small, TARGET, kernels, local=True)
     monkeypatch.setattr(latency.environment, "load", lambda: latency.environment.Load(0.0, 0.0, 0.0))
 
-    def run(*scripts, target=TARGET, **more):
+    def run(*scripts, target=TARGET, workload=PREFILL, **more):
         children = FakeChildren(*scripts)
         monkeypatch.setattr(latency, "stream", children)
-        return profile(small, space, target, parse("1,4,0"), memo, kernels=kernels, **more), children
+        return profile(small, space, target, workload, memo, kernels=kernels, **more), children
 
     return run
 
@@ -221,6 +221,18 @@ def test_killed_twice_fails_but_is_not_remembered(run):
     assert table.rows[0].status == "failed" and "signal 9" in table.rows[0].reason
     table, _ = run([measured()])
     assert table.rows[0].status == "measured"
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(run):
+    def interrupted(jobs):
+        yield from measured(50.0)(jobs[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([interrupted], workload=CHAT)
+    table, children = run([measured(70.0)], workload=CHAT)
+    assert [row.median_us for row in table.rows] == [50.0, 70.0]
+    assert len(children.asked[0]["units"][0]["jobs"]) == 1
 
 
 def test_a_child_that_never_starts_is_an_error(run):

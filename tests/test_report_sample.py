@@ -175,7 +175,7 @@ def make(layers=12):
         "data": {
             "name": "stdlib_documents",
             "digest": "ab" * 32,
-            "unit": "document",
+            "unit": "LlamaTokenizer",
             "documents": half,
             "tokens": {key: value * 1000 for key, value in half.items()},
         },

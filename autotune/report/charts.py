@@ -65,7 +65,7 @@ def front_chart(report: Report) -> Chart:
     """Hollow marks are predicted, filled ones measured."""
     shown = front.points(report)
     floor = front.loss_floor(shown) if front.has_loss(report) else 0.0
-    line = sorted((p.predicted_ms, max(p.y, floor)) for p in shown if p.kind in ("pareto", "chosen"))
+    line = front.line(shown, floor)
     data: list[Chart] = [
         {
             "type": "scatter",

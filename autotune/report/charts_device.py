@@ -95,7 +95,7 @@ def roofline_chart(report: Report) -> Chart | None:
     for phase, symbol in PHASES.items():
         for scheme in palette.ordered({row["scheme"] for _, row in rows if row["phase"] == phase}):
             mine = [(group, row) for group, row in rows if row["phase"] == phase and row["scheme"] == scheme]
-            data.append(_cloud(f"{phase}, {scheme}", symbol, scheme, mine))
+            data.append(_cloud(f"{phase}, {scheme}", symbol, scheme, mine, report["target"]["local"]))
     x_axis = axis("arithmetic intensity, operations per byte", type="log", dtick=1)
     y_axis = axis("achieved, GOP/s", type="log", dtick=1)
     legend = {"orientation": "v", "x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top"}
@@ -112,15 +112,17 @@ def _time_us(row: dict[str, Any]) -> float:
     return float(row["measured_us"] or row["floor_us"] or 0.0)
 
 
-def _cloud(name: str, symbol: str, scheme: str, rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Chart:
+def _cloud(
+    name: str, symbol: str, scheme: str, rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], local: bool
+) -> Chart:
     said = []
     for group, row in rows:
-        timed = f"measured {words.us(row['measured_us'])}" if row["measured_us"] else "estimated from the ceilings"
+        timed = f"{'measured' if local and row['measured_us'] else 'estimated'} {words.us(_time_us(row))}"
         limit = f"floor {words.us(row['floor_us'])}, bound by {row['bound']}"
         speed = words.rate(row["ops"] / _time_us(row) / 1e3)
         head = f"{row['phase']} of {row['rows']} rows, {row['scheme']}"
         said.append(hover(group["name"], head, row["kernel"], timed, limit, speed))
-    symbols = [symbol if row["measured_us"] else f"{symbol}-open" for _, row in rows]
+    symbols = [symbol if local and row["measured_us"] else f"{symbol}-open" for _, row in rows]
     return {
         "type": "scatter",
         "mode": "markers",

@@ -24,6 +24,7 @@ class Point:
     scheme: str | None
     predicted_ms: float
     measured_ms: tuple[float, float, float] | None  # median, low, high
+    on_front: bool
     y: float
     y_low: float
     y_high: float
@@ -63,6 +64,11 @@ def loss_floor(shown: Sequence[Point]) -> float:
     return float(10.0 ** math.floor(math.log10(max(lowest, highest * 1e-5)) - 0.3))
 
 
+def line(shown: Sequence[Point], floor: float) -> list[tuple[float, float]]:
+    """The Pareto front as predicted, left to right."""
+    return sorted((point.predicted_ms, max(point.y, floor)) for point in shown if point.on_front)
+
+
 def y_axis(report: Report) -> str:
     return words.loss_axis(report) if has_loss(report) else "weights (MB); no loss was measured"
 
@@ -88,6 +94,7 @@ def _point(report: Report, item: dict[str, Any], with_loss: bool) -> Point:
         scheme=item["uniform"],
         predicted_ms=item["predicted_latency_ms"],
         measured_ms=(timed["median"], timed["low"], timed["high"]) if timed else None,
+        on_front=item["pareto"],
         y=y,
         y_low=low,
         y_high=high,
@@ -120,4 +127,4 @@ def _dense(report: Report, with_loss: bool) -> Point:
     y = 0.0 if with_loss else report["dense"]["weight_bytes"] / 1e6
     said = ("dense", f"{words.ms(latency)}", f"weights {words.size(report['dense']['weight_bytes'])}")
     interval = (timed["median"], timed["low"], timed["high"]) if timed else None
-    return Point("dense", "dense", report["model"]["dtype"], latency, interval, y, y, y, said)
+    return Point("dense", "dense", report["model"]["dtype"], latency, interval, False, y, y, y, said)

@@ -33,14 +33,14 @@ from autotune.search_space.schemes import scheme
 from autotune.verify import EndToEnd
 
 if TYPE_CHECKING:
-    from autotune.switchable import SwitchableModel
-    from autotune.tune import Result
+    from autotune.models import Models
+    from autotune.result import Result
 
 SCHEMA_VERSION = 1
 SAMPLE_TOKENS = 48
 
 
-def build_report(result: Result, model: SwitchableModel | None) -> dict[str, Any]:
+def build_report(result: Result, models: Models) -> dict[str, Any]:
     """The content of report.json for a run that has reached its choice."""
     session = result.session
     assert result.problem and result.front and result.chosen and result.plan
@@ -65,7 +65,7 @@ def build_report(result: Result, model: SwitchableModel | None) -> dict[str, Any
         "optuna": _optuna(result),
         "warnings": _warnings(result),
         "versions": {name: version(name) for name in (*PACKAGES, "safetensors", "tokenizers")},
-        "samples": _samples(result, model),
+        "samples": _samples(result, models),
     }
 
 
@@ -403,12 +403,14 @@ def _warnings(result: Result) -> list[str]:
     return warnings
 
 
-def _samples(result: Result, model: SwitchableModel | None) -> dict[str, str] | None:
+def _samples(result: Result, models: Models) -> dict[str, str] | None:
     """The same prompt continued by the dense and by the compressed model."""
     session = result.session
     tokenizer = load_tokenizer(session.opened.folder)
-    if model is None or tokenizer is None or session.config.latency_only or _encoder(result):
+    if not session.local or tokenizer is None or session.config.latency_only or _encoder(result):
         return None
+    model = models.runnable
+    assert model is not None
     assert result.chosen and result.problem
     ids = session.documents.search[0][:64]
     texts = {"prompt": str(tokenizer.decode(ids))}

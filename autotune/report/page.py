@@ -117,7 +117,7 @@ def _section(identity: str, report: Report) -> Html:
 
 
 def _captions(report: Report) -> dict[str, tuple[str, str]]:
-    front = "Lower left is better. Every configuration the search evaluated"
+    front = "Lower left is better. The front the search found, the finalists and what it was compared with"
     front += ", with its loss on the search documents." if has_loss(report) else "; no loss was measured."
     if report["budget"]["limit_nats"] and not words.is_encoder(report):
         front += " The budget limits the rise of perplexity; KL tracks it closely but is a different number."

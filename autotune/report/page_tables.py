@@ -102,7 +102,7 @@ def run_tables(report: Report) -> Html:
     rows.append(("all", f"{sum(seconds.values()):,.1f} s"))
     optuna = report["optuna"]
     search = (
-        f"{optuna['trials']} trials; Optuna itself took {optuna['seconds']:.1f} s, {optuna['share']:.1%} of the search."
+        f"{optuna['trials']} trials; Optuna itself took {optuna['seconds']:.1f} s, {optuna['share']:.1%} of the run."
     )
     stages = tag("div", tag("h3", "Time taken"), table((), rows, numbers=(1,)), tag("p", search, class_="note"))
     versions = tag("div", tag("h3", "Versions"), table((), report["versions"].items()))
@@ -136,6 +136,7 @@ def setting(report: Report) -> Html:
         "budget": words.budget(report),
     }
     if data:
-        sets = [f"{name}: {data['documents'][name]:,} of {data['tokens'][name]:,} tokens" for name in data["documents"]]
-        rows |= {"data": f"{data['name']} ({data['digest'][:12]})", f"{data['unit']}s": "; ".join(sets)}
+        sets = [f"{key} {data['documents'][key]:,} with {data['tokens'][key]:,}" for key in data["documents"]]
+        rows |= {"data": f"{data['name']} ({data['digest'][:12]}), tokens: {data['unit']}"}
+        rows |= {"documents, tokens": "; ".join(sets)}
     return facts(rows)

@@ -20,11 +20,11 @@ COLOURS: dict[str, str] = {
     "w8a16-int8": "#7db3e8",
     "w4a16-int4-g32": "#f7cf78",
     "w4a16-int4-g64": "#ee9b33",
-    "w4a16-int4-g128": "#c4620d",
+    "w4a16-int4-g128": "#b95a0a",
     "w8a8-fp8": "#1b9e88",
     "2:4": "#c0a5dd",
     "2:4+w8a8-int8": "#6f4fa5",
-    "2:4+w8a8-fp8": "#c75a9f",
+    "2:4+w8a8-fp8": "#d772b2",
     "2:4+w4a16-int4-g128": "#7a1f4b",
 }
 UNKNOWN = "#4a5160"  # a scheme from outside this version

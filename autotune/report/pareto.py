@@ -76,7 +76,7 @@ def _axis_names(axes: Axes, report: Report) -> None:
 
 
 def _marks(axes: Axes, shown: Sequence[Point], floor: float) -> None:
-    line = _front_line(shown, floor)
+    line = front.line(shown, floor)
     axes.plot([x for x, _ in line], [y for _, y in line], color=palette.INK, linewidth=1.3, alpha=0.75, zorder=2)
     for point in shown:
         y = max(point.y, floor)
@@ -93,10 +93,6 @@ def _marks(axes: Axes, shown: Sequence[Point], floor: float) -> None:
         _scatter(axes, point, point.x, y, filled=True)
 
 
-def _front_line(shown: Sequence[Point], floor: float) -> list[tuple[float, float]]:
-    return sorted((p.predicted_ms, max(p.y, floor)) for p in shown if p.kind in ("pareto", "chosen"))
-
-
 def _inked(shown: Sequence[Point], floor: float) -> list[tuple[float, float]]:
     """Where marks, intervals and the front's line are, as points that labels keep clear of."""
     spots = []
@@ -104,7 +100,7 @@ def _inked(shown: Sequence[Point], floor: float) -> list[tuple[float, float]]:
         y = max(point.y, floor)
         spots += [(x, y) for x in (point.predicted_ms, *(point.measured_ms or ()))]
         spots += [(point.x, max(point.y_low, floor)), (point.x, max(point.y_high, floor))]
-    line = _front_line(shown, floor)
+    line = front.line(shown, floor)
     for (x0, y0), (x1, y1) in pairwise(line):
         for share in (0.2, 0.4, 0.6, 0.8):
             y = y0 ** (1 - share) * y1**share if floor else y0 + share * (y1 - y0)

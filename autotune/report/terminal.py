@@ -58,7 +58,7 @@ def _numbers(report: Report) -> Table:
     if not words.measured(report):
         times = words.ms(words.dense_ms(report)), words.ms(words.plan_ms(report))
         table.add_row(f"workload, {words.timing(report)}", *times, words.times(words.speedup(report)))
-    smaller = words.percent(plan["weight_bytes"] / dense["weight_bytes"] - 1)
+    smaller = words.signed(f"{plan['weight_bytes'] / dense['weight_bytes'] - 1:+.0%}")
     table.add_row("weights", words.size(dense["weight_bytes"]), words.size(plan["weight_bytes"]), smaller)
     rise = words.perplexity_rise(report)
     if rise is not None:
@@ -74,7 +74,7 @@ def _samples(report: Report, console: Console) -> None:
     console.print(Text("The same prompt, continued by both:"))
     for name in ("prompt", "dense", "plan"):
         console.print(Text(name, style="dim"))
-        console.print(Padding(Text(words.line(samples[name], 600)), (0, 0, 0, 2)))
+        console.print(Padding(Text(words.line(samples[name], 600)), (0, 0, 0, 2), expand=False))
 
 
 def print_plan_table(plan: Plan, console: Console | None = None) -> None:

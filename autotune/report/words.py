@@ -136,6 +136,8 @@ def speedup(report: Report) -> float:
 
 
 def speedup_text(report: Report) -> str:
+    if abs(speedup(report) - 1) < 0.005:
+        return "as fast as dense"
     return f"{times(speedup(report))} faster" if speedup(report) >= 1 else f"{times(1 / speedup(report))} slower"
 
 
@@ -226,7 +228,8 @@ def notices(report: Report) -> list[str]:
     """What a reader must know before believing a number: how times were come by, a failed budget, every warning."""
     said = []
     target = report["target"]["name"]
-    if timing(report) == "estimated":
+    warnings = [str(warning) for warning in report["warnings"]]
+    if timing(report) == "estimated" and not any("estimated" in warning for warning in warnings):
         said.append(f"Times are estimated from the ceilings of {target}, which is not this machine; none was measured.")
     elif timing(report) == "predicted":
         said.append("Times are predicted from kernels measured alone; the plan was not run end to end.")
@@ -234,4 +237,4 @@ def notices(report: Report) -> list[str]:
         said.append("The loss budget is not certified: the data could not show that the plan stays inside it.")
     if report["plan"]["certified"] == "violated":
         said.append("The loss budget is violated by this plan.")
-    return said + [str(warning) for warning in report["warnings"]]
+    return said + warnings

@@ -200,14 +200,14 @@ def build_corpus() -> Corpus:
 
 def write_documents(documents: list[Document], path: Path) -> None:
     """Write the documents as gzip-compressed JSON lines, byte for byte reproducible."""
-    lines = [json.dumps(vars(document), ensure_ascii=False) + "\n" for document in documents]
+    lines = [json.dumps(vars(document)) + "\n" for document in documents]
     path.write_bytes(gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0))
 
 
 def read_documents(path: Path) -> list[Document]:
     """Read documents that write_documents wrote."""
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    return [Document(**json.loads(line)) for line in lines]
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    return [Document(**json.loads(line)) for line in lines if line]
 
 
 def main() -> None:

@@ -1,0 +1,54 @@
+"""A run's models, loaded on first use: a resumed run that finds its tables loads no weights before it must."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import nn
+
+from autotune.compress.database import WeightDatabase
+from autotune.profilers.latency import LatencyTable
+from autotune.reference_model import ReferenceModel
+from autotune.search_space.space import SearchSpace
+from autotune.session import Session
+from autotune.switchable import SwitchableModel, switchable
+from autotune.teacher import Teacher
+
+LOOK_SHARES = (0.25, 1.0)  # of the search documents, what each look of a race sees
+
+
+class Models:
+    """`database` is set by the compress stage before anything that needs it is asked for."""
+
+    def __init__(self, session: Session, space: SearchSpace, table: LatencyTable) -> None:
+        self.session = session
+        self.space = space
+        self.table = table
+        self.database: WeightDatabase | None = None
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense model in fp32; `reference` takes it over."""
+        return self.session.reference()
+
+    @cached_property
+    def reference(self) -> ReferenceModel:
+        """Reference twins of every scheme, for losses."""
+        assert self.database is not None
+        return ReferenceModel(self.dense, self.session.spec, self.database)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Measured losses on the search documents."""
+        return Teacher(self.reference, self.session.search_documents, LOOK_SHARES)
+
+    @cached_property
+    def runnable(self) -> SwitchableModel | None:
+        """The real model on its kernels; None for a target that is not this machine."""
+        session = self.session
+        if not session.local:
+            return None
+        session.report("pack", 0, 1)
+        cache = session.target.last_cache_bytes
+        progress = session.progress("pack")
+        return switchable(session.opened, self.space, self.table, session.workload, self.database, cache, progress)

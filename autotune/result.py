@@ -1,0 +1,35 @@
+"""What a run knows so far: the artifacts of its stages, None where a stage has not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autotune.certify import Certificate
+from autotune.compress.database import WeightDatabase
+from autotune.decide import Point
+from autotune.plan import Plan
+from autotune.profilers.latency import LatencyTable
+from autotune.score import LossTable
+from autotune.search.problem import Front, Problem
+from autotune.search_space.space import SearchSpace
+from autotune.session import Session
+from autotune.verify import Calibration, EndToEnd
+
+
+@dataclass
+class Result:
+    session: Session
+    space: SearchSpace
+    table: LatencyTable
+    database: WeightDatabase | None = None
+    losses: LossTable | None = None
+    calibration: Calibration | None = None
+    problem: Problem | None = None
+    front: Front | None = None
+    points: tuple[Point, ...] = ()
+    end_to_end: EndToEnd | None = None
+    certificates: dict[str, Certificate] | None = None
+    chosen: Point | None = None
+    plan: Plan | None = None
+    report: dict[str, Any] | None = None
