@@ -193,7 +193,8 @@ def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if names[name] in weights.tensors:
             owners.setdefault(id(parameter), names[name])
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", None)
+    output = head() if callable(head) else None
     tied = getattr(model.config, "tie_word_embeddings", False)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if names[name] in weights.tensors:

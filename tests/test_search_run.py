@@ -316,4 +316,22 @@ def test_the_loss_bound_lies_above_the_mean():
     values = evaluation([0.01, 0.02, 0.03])
     assert dnll_upper_nats(values) > values.dnll_nats
     assert dnll_upper_nats(values, 0.99) > dnll_upper_nats(values, 0.8)
-    assert dnll_upper_nats(evaluation([0.01])) == pytest.approx(0.01)
+
+
+
+def test_one_document_alone_is_judged_by_its_kl():
+    alone = Evaluation((100.0,), (1.0,), (5.0,))
+    assert 0.01 < dnll_upper_nats(alone) < 0.0125
+
+
+def test_many_documents_speak_for_themselves_and_few_lean_on_the_kl():
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.01, 4000)
+
+    def bound(documents):
+        kl = (1.0,) * documents
+        dnll = tuple(100 * (0.008 + noise[:documents] - noise[:documents].mean()))
+        return dnll_upper_nats(Evaluation((100.0,) * documents, kl, dnll))
+
+    assert bound(4000) == pytest.approx(0.008, rel=0.05)
+    assert 0.009 < bound(8) < 0.0125

@@ -100,10 +100,9 @@ def _front_trace(members: Sequence[Point], floor: float) -> Chart:
         "y": ys,
         "marker": {"color": colours, "symbol": symbols, "size": MARKS[kind], "line": {"width": 1.6, "color": colours}},
         "text": [
-            "dense " if kind == "dense" else f"{plain(palette.short(point.scheme or point.name))}  "
-            for point in members
+            "dense" if kind == "dense" else f" {plain(palette.short(point.scheme or point.name))}" for point in members
         ],
-        "textposition": "top center" if kind == "dense" else "middle left",
+        "textposition": "top center" if kind == "dense" else "top right",
         "cliponaxis": False,
         "hovertext": [hover(*point.said) for point in members],
         "hoverinfo": "text",
@@ -175,14 +174,16 @@ def sensitivity_chart(report: Report) -> Chart | None:
     data = []
     for scheme in palette.ordered({cell.group["scheme"] for _, cell, _ in rows}):
         mine = [row for row in rows if row[1].group["scheme"] == scheme]
-        data.append(_bars(scheme, mine, floor))
+        data.append(_bars(scheme, mine, floor, whiskers=len(rows) <= 120))
     order = [plain(cell.label) for _, cell, _ in rows]
-    x_axis = axis("", type="category", categoryorder="array", categoryarray=order, showticklabels=len(rows) <= 60)
+    x_axis = axis(
+        "", type="category", categoryorder="array", categoryarray=order, showticklabels=len(rows) <= 60, showgrid=False
+    )
     y_axis = axis(f"loss under {plain(reference)} alone (nats, log)", type="log", exponentformat="power", dtick=1)
     return {"data": data, "layout": layout(400, xaxis=x_axis, yaxis=y_axis, bargap=0.25)}
 
 
-def _bars(scheme: str, rows: Sequence[tuple[float, Any, dict[str, Any]]], floor: float) -> Chart:
+def _bars(scheme: str, rows: Sequence[tuple[float, Any, dict[str, Any]]], floor: float, whiskers: bool) -> Chart:
     heights = [max(loss, floor) for loss, _, _ in rows]
     high = [max((option["high_nats"] or loss) - y, 0) for (loss, _, option), y in zip(rows, heights, strict=True)]
     low = [y - max(option["low_nats"] or y, floor) for (_, _, option), y in zip(rows, heights, strict=True)]
@@ -203,6 +204,7 @@ def _bars(scheme: str, rows: Sequence[tuple[float, Any, dict[str, Any]]], floor:
             "arrayminus": low,
             "color": "@muted",
             "width": 0,
+            "visible": whiskers,
         },
         "hovertext": said,
         "hoverinfo": "text",

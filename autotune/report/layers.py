@@ -6,7 +6,7 @@ Rows are blocks, columns projections; groups outside of blocks (lm_head) have a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def draw(report: Report) -> Figure:
     top, bottom = 1.35, 0.22 + 0.3 * legend_rows
     height = top + body + bottom
     figure = canvas.figure(height)
-    sides = [(0.075, 0.45), (0.54, 0.445)]  # (left, width)
+    sides = [(canvas.LEFT, 0.442), (0.54, 0.445)]  # (left, width)
     fills = (_scheme, _saving(report))
     titles = ("scheme", f"time saved per workload ({words.saving_unit(report)[0]}, {words.kernel_timing(report)})")
     for (left, width), fill, title in zip(sides, fills, titles, strict=True):
@@ -47,19 +47,18 @@ def _panel(axes: Axes, shape: Grid, fill: Fill, title: str, row_inches: float) -
     axes.set_xlim(0, len(shape.columns))
     gap = 0.25 if 0 < shape.blocks < len(shape.rows) else 0.0
     axes.set_ylim(len(shape.rows) + gap, 0)
-    panel_inches = axes.get_position().width * canvas.WIDTH
+    column_inches = axes.get_position().width * canvas.WIDTH / len(shape.columns)
+    inner = [fill(cell.group)[1] for cell in shape.cells if cell.row < shape.blocks] or [""]
+    size, broken = _text_size(inner, column_inches, row_inches)
     for cell in shape.cells:
         top = cell.row + (gap if cell.row >= shape.blocks else 0.0)
-        _cell(axes, cell, top, fill, panel_inches / len(shape.columns) * cell.span, row_inches)
+        _cell(axes, cell, top, fill, size, broken and cell.row < shape.blocks)
     centres = [row + 0.5 + (gap if row >= shape.blocks else 0.0) for row in range(len(shape.rows))]
-    size = min(10.0, row_inches * 72 * 0.62)
-    axes.set_yticks(centres, [words.line(name, 12) for name in shape.rows], fontsize=size)
-    if len(shape.columns) <= 12:
-        axes.set_xticks(
-            [i + 0.5 for i in range(len(shape.columns))], [words.line(n, 14) for n in shape.columns], fontsize=10
-        )
-    else:
-        axes.set_xticks([])
+    height = min(10.0, row_inches * 72 * 0.62)
+    axes.set_yticks(centres, [words.line(name, 12) for name in shape.rows], fontsize=height)
+    names = [words.line(name, 14) for name in shape.columns]
+    width = min(10.0, column_inches * 72 / max(map(len, names)) / 0.66)
+    axes.set_xticks([i + 0.5 for i in range(len(names))], names if width >= 5 else [""] * len(names), fontsize=width)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, colors=palette.MUTED)
     axes.set_title(title, fontsize=11, color=palette.INK, loc="left", pad=8)
@@ -67,15 +66,29 @@ def _panel(axes: Axes, shape: Grid, fill: Fill, title: str, row_inches: float) -
         spine.set_visible(False)
 
 
-def _cell(axes: Axes, cell: Cell, top: float, fill: Fill, inches: float, row_inches: float) -> None:
+def _text_size(texts: Sequence[str], column_inches: float, row_inches: float) -> tuple[float, bool]:
+    """One size for all cells, in points, and whether `int4-g128` is broken in two lines to fit; 0: no text fits."""
+    for broken in (False, True):
+        longest = max(len(line) for text in texts for line in _lines(text, broken).split("\n"))
+        width, height = column_inches * 72 / max(1, longest) / 0.66, row_inches * 72 * 0.55 / (1.7 if broken else 1)
+        size = min(9.5, width, height)
+        if size >= 5.5:
+            return size, broken
+    return 0.0, False
+
+
+def _lines(text: str, broken: bool) -> str:
+    return text.replace("-", "\n", 1) if broken and not text.startswith("-") else text
+
+
+def _cell(axes: Axes, cell: Cell, top: float, fill: Fill, size: float, broken: bool) -> None:
     background, text = fill(cell.group)
     box = Rectangle((cell.column, top), cell.span, 1, facecolor=background, edgecolor="white", linewidth=1.4)
     axes.add_patch(box)
-    size = min(9.5, row_inches * 72 * 0.55, inches * 72 / max(1, len(text)) / 0.66)
-    if size >= 5:
+    if size:
         middle = (cell.column + cell.span / 2, top + 0.52)
-        colour = palette.text_on(background)
-        axes.text(*middle, text, ha="center", va="center", fontsize=size, color=colour)
+        look: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": size, "color": palette.text_on(background)}
+        axes.text(*middle, _lines(text, broken), linespacing=1.1, **look)
 
 
 def _scheme(group: dict[str, Any]) -> tuple[str, str]:
@@ -89,19 +102,18 @@ def _saving(report: Report) -> Fill:
     def fill(group: dict[str, Any]) -> tuple[str, str]:
         saved_us = group["dense_latency_us"] - group["latency_us"]
         if saved_us < 0:
-            return palette.SLOWER, f"{saved_us / divisor:.2g}"
+            return palette.SLOWER, f"{saved_us / divisor:.3g}"
         return to_hex(SAVED(saved_us / most)), f"{saved_us / divisor:.3g}" if saved_us else "0"
 
     return fill
 
 
 def _title(figure: Figure, report: Report, height: float) -> None:
-    model, target = words.line(report["model"]["name"], 44), words.line(report["target"]["name"], 36)
-    head = f"{model} on {target}, layer by layer"
-    figure.text(0.075, 1 - 0.38 / height, head, fontsize=15, fontweight="bold", color=palette.INK)
+    head = f"{report['model']['name']} on {report['target']['name']}, layer by layer"
+    canvas.title(figure, 1 - 0.38 / height, head)
     gains = f"{words.ms(words.dense_ms(report))} → {words.ms(words.plan_ms(report))} {words.timing(report)}"
     sizes = f"weights {words.size(report['dense']['weight_bytes'])} → {words.size(report['plan']['weight_bytes'])}"
-    figure.text(0.075, 1 - 0.66 / height, f"{gains};  {sizes}", fontsize=10.5, color=palette.MUTED)
+    figure.text(canvas.LEFT, 1 - 0.66 / height, f"{gains};  {sizes}", fontsize=10.5, color=palette.MUTED)
 
 
 def _legend(figure: Figure, report: Report) -> None:
@@ -114,7 +126,7 @@ def _legend(figure: Figure, report: Report) -> None:
     legend = figure.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(0.068, 0.0),
+        bbox_to_anchor=(canvas.LEFT - 0.007, 0.0),
         ncols=min(5, len(handles)),
         fontsize=9.5,
         frameon=False,

@@ -30,10 +30,12 @@ p { margin: 4px 0 12px; max-width: 76ch; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; margin: 8px 0; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: 13px; }
-th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: break-word; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr.chosen td { font-weight: 600; }
-.facts td:first-child { width: 220px; color: var(--muted); }
+.facts td { overflow-wrap: anywhere; }
+.facts td:first-child { width: 24%; min-width: 110px; color: var(--muted); overflow-wrap: break-word; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
 .groups { margin-top: 12px; border-top: 1px solid var(--line); }
 .row { display: grid; grid-template-columns: 130px 175px 160px 92px 92px minmax(0, 1fr); gap: 12px; padding: 6px 8px;

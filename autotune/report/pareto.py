@@ -26,7 +26,7 @@ SIZES = {"dense": 62, "uniform": 58, "chosen": 330, "pareto": 40, "other": 24}
 
 def draw(report: Report) -> Figure:
     figure = canvas.figure(6.4)
-    axes = figure.add_axes((0.085, 0.1, 0.89, 0.72))
+    axes = figure.add_axes((canvas.LEFT, 0.1, 0.89, 0.72))
     shown = front.points(report)
     floor = front.loss_floor(shown) if front.has_loss(report) else 0.0
     _scales(axes, shown, floor)
@@ -64,9 +64,8 @@ def _scales(axes: Axes, shown: Sequence[Point], floor: float) -> None:
 
 
 def _title(figure: Figure, report: Report) -> None:
-    model, target = words.line(report["model"]["name"], 48), words.line(report["target"]["name"], 40)
-    figure.text(0.085, 0.94, f"{model} on {target}", fontsize=15, fontweight="bold", color=palette.INK)
-    figure.text(0.085, 0.9, words.line(words.workload(report), 110), fontsize=10.5, color=palette.MUTED)
+    canvas.title(figure, 0.94, f"{report['model']['name']} on {report['target']['name']}")
+    figure.text(canvas.LEFT, 0.9, words.line(words.workload(report), 110), fontsize=10.5, color=palette.MUTED)
 
 
 def _axis_names(axes: Axes, report: Report) -> None:
@@ -98,7 +97,8 @@ def _inked(shown: Sequence[Point], floor: float) -> list[tuple[float, float]]:
     spots = []
     for point in (point for point in shown if point.kind != "other"):
         y = max(point.y, floor)
-        spots += [(x, y) for x in (point.predicted_ms, *(point.measured_ms or ()))]
+        _, low, high = point.measured_ms or (point.x, point.x, point.x)
+        spots += [(x, y) for x in (point.predicted_ms, point.x, *(low + (high - low) * i / 8 for i in range(9)))]
         spots += [(point.x, max(point.y_low, floor)), (point.x, max(point.y_high, floor))]
     line = front.line(shown, floor)
     for (x0, y0), (x1, y1) in pairwise(line):
