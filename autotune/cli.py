@@ -292,8 +292,8 @@ def _finish(result: Result) -> None:
     from autotune.report.terminal import print_summary
 
     assert result.report is not None and result.chosen is not None
-    print_summary(result.report, console)
     folder = result.session.folder.path
+    print_summary(result.report, console, f"open {folder}/report.html, or in Python: autotune.load('{folder}/model')")
     state = result.report["plan"]["certified"]
     if state in ("not_certified", "violated"):
         hint = f"Give more --data, or a larger --max-loss; plan and report are in {folder}."

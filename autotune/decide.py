@@ -15,7 +15,7 @@ from autotune.models import LOOK_SHARES, Models
 from autotune.profilers.latency import LatencyTable
 from autotune.score import LossTable
 from autotune.search.codec import decode_evaluation, decode_front, encode_evaluation, encode_front
-from autotune.search.front import excess, pareto_candidates
+from autotune.search.front import dnll_upper_nats, excess, pareto_candidates
 from autotune.search.problem import (
     Budget,
     Candidate,
@@ -28,6 +28,7 @@ from autotune.search.problem import (
 )
 from autotune.search.run import search, trials_for_minutes
 from autotune.search_space.groups import LayerGroup
+from autotune.search_space.schemes import scheme
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import digest
@@ -119,6 +120,7 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
                 trials,
                 evaluate,
                 looks=len(LOOK_SHARES),
+                outer=outer_choices(problem),
                 progress=step,
                 fast=config.fast,
                 should_stop=stop,
@@ -127,6 +129,21 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
         return session.folder.json_stage("front", inputs, compute, encode_front, decode_front, lambda _: not stop())
     finally:
         memo.close()
+
+
+def outer_choices(problem: Problem) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Choices that are not one group's own: name -> the sets of compressed schemes it may allow everywhere."""
+    names = sorted({option.scheme for group in problem.groups for option in group.options[1:]})
+    sizes = {name: scheme(name).weight.group_size for name in names}
+    quantizing = {name for name in names if scheme(name).activation is not None}
+    choices: dict[str, tuple[tuple[str, ...], ...]] = {}
+    grouped = sorted({size for size in sizes.values() if size})
+    if len(grouped) > 1:
+        single = tuple(tuple(n for n in names if sizes[n] in (None, size)) for size in grouped)
+        choices["scale_group"] = (tuple(names), *single)
+    if quantizing and len(quantizing) < len(names):
+        choices["activations"] = (tuple(names), tuple(n for n in names if n not in quantizing))
+    return choices
 
 
 def _trials(session: Session, problem: Problem, evaluate: Any) -> int:
@@ -194,7 +211,7 @@ def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]
         raise _infeasible(front, problem, budget)
     best = feasible if config.latency_only else pareto_candidates(feasible)
     compressed = [c for c in best if c.genotype != problem.dense] or feasible[:1]
-    finalists = _spread(sorted(compressed, key=lambda c: c.latency_us), config.finalists)
+    finalists = _finalists(sorted(compressed, key=lambda c: c.latency_us), config.finalists, session.search_limit)
     others = [c for c in _along(front, session) if c not in finalists and c.genotype != problem.dense]
     others = _evenly(others, max(0, config.measured_points - len(finalists)))
     chosen = sorted([*finalists, *others], key=lambda c: c.latency_us)
@@ -213,6 +230,19 @@ def _along(front: Front, session: Session) -> list[Candidate]:
 
 def _fits(candidate: Candidate, budget: Budget) -> bool:
     return all(value <= 0 for value in excess(candidate, budget).values())
+
+
+def _finalists(candidates: Sequence[Candidate], count: int, limit: float) -> list[Candidate]:
+    """The fastest few, and as the safest one the fastest that uses a third of the budget.
+
+    Certification goes from safest to fastest and stops at the first failure: without a safe start, bad luck on the
+    first would leave nothing certified.
+    """
+    fastest = _spread(candidates, count)
+    safe = [c for c in candidates if dnll_upper_nats(c.evaluation) <= limit / 3]
+    if count > 1 and safe and not any(c in fastest for c in safe):
+        return [*fastest[: count - 1], safe[0]]
+    return fastest
 
 
 def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -> list[Candidate]:

@@ -87,7 +87,12 @@ def _cell(axes: Axes, cell: Cell, top: float, fill: Fill, size: float, broken: b
     axes.add_patch(box)
     if size:
         middle = (cell.column + cell.span / 2, top + 0.52)
-        look: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": size, "color": palette.text_on(background)}
+        look: dict[str, Any] = {
+            "ha": "center",
+            "va": "center_baseline",
+            "fontsize": size,
+            "color": palette.text_on(background),
+        }
         axes.text(*middle, _lines(text, broken), linespacing=1.1, **look)
 
 

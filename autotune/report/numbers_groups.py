@@ -1,0 +1,112 @@
+"""The report's rows on layer groups: what each got, what it could have had, how close its kernel is to the roofline."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from autotune.kernels.spec import KERNELS
+from autotune.planning import why
+from autotune.profilers import roofline
+from autotune.profilers.jobs import needed
+from autotune.profilers.memory import weight_bytes
+from autotune.profilers.table import shape_of
+from autotune.search.problem import GroupOptions, Option
+from autotune.search_space.groups import LayerGroup
+from autotune.search_space.schemes import scheme
+
+if TYPE_CHECKING:
+    from autotune.result import Result
+
+
+def group_rows(result: Result) -> list[dict[str, Any]]:
+    assert result.problem and result.chosen
+    options = result.problem.chosen(result.chosen.candidate.genotype)
+    return [
+        _group(result, group, item, option)
+        for group, item, option in zip(result.session.spec.groups, result.problem.groups, options, strict=True)
+    ]
+
+
+def _group(result: Result, group: LayerGroup, item: GroupOptions, chosen: Option) -> dict[str, Any]:
+    dense = item.options[0]
+    return {
+        "name": group.name,
+        "role": group.role,
+        "layer": group.layer,
+        "scheme": chosen.scheme,
+        "kernel": chosen.kernel,
+        "why": why(item, chosen, result.space),
+        "latency_us": chosen.latency_us,
+        "dense_latency_us": dense.latency_us,
+        "loss_nats": chosen.loss_nats if result.losses else None,
+        "weight_bytes": chosen.weight_bytes,
+        "dense_bytes": dense.weight_bytes,
+        "weights": group.weights,
+        "in_features": group.in_features,
+        "out_features": group.out_features,
+        "options": _options(result, group, item, chosen),
+        "roofline": _roofline(result, group, {dense.scheme, chosen.scheme}),
+    }
+
+
+def _options(result: Result, group: LayerGroup, item: GroupOptions, chosen: Option) -> list[dict[str, Any]]:
+    survivors = {option.scheme: option for option in item.options}
+    intervals = {(row.group, row.scheme): row for row in result.losses.rows} if result.losses else {}
+    rows = []
+    for entry in (entry for entry in result.space.entries if entry.group == group.name):
+        option, loss = survivors.get(entry.scheme), intervals.get((group.name, entry.scheme))
+        rows.append(
+            {
+                "scheme": entry.scheme,
+                "status": entry.legality.status,
+                "reason": entry.legality.reason,
+                "latency_us": option.latency_us if option else None,
+                "loss_nats": loss.loss_nats if loss else 0.0 if option and result.losses else None,
+                "low_nats": loss.low_nats if loss else None,
+                "high_nats": loss.high_nats if loss else None,
+                "weight_bytes": option.weight_bytes if option else None,
+                "chosen": entry.scheme == chosen.scheme,
+            }
+        )
+    return rows
+
+
+def _roofline(result: Result, group: LayerGroup, schemes: set[str]) -> list[dict[str, Any]]:
+    """Isolated kernel times against the least time the ceilings allow."""
+    session = result.session
+    status: Any = "runs" if session.local else "estimated"
+    jobs = needed(session.spec, result.space, session.target, session.workload, KERNELS, status)
+    rows = []
+    for phase in session.workload.phases:
+        for job in jobs:
+            if job.shape != shape_of(group) or job.rows != phase.rows(group) or job.scheme not in schemes:
+                continue
+            choice = result.table.best(group, job.scheme, session.workload)
+            row = next((r for r in result.table.of(group, job.scheme, phase) if r.kernel == job.kernel.name), None)
+            if choice is None or choice.kernel != job.kernel.name or row is None or row.median_us is None:
+                continue
+            rows.append(
+                _roof_row(result, phase.name, job, row.median_us, weight_bytes(scheme(job.scheme), group, job.dtype))
+            )
+    return rows
+
+
+def _roof_row(result: Result, phase: str, job: Any, measured_us: float, weights: int) -> dict[str, Any]:
+    ceilings = result.session.target.ceilings
+    moved = weights + roofline.activation_bytes(job)
+    working_set = math.inf if job.resident_bytes is None else job.resident_bytes
+    memory_us = moved / (ceilings.bandwidth(working_set) * 1e3)
+    compute_us = job.operations / (roofline.rate(job.kernel, ceilings) * 1e6)
+    bounds = {"memory": memory_us, "compute": compute_us, "launch": ceilings.launch_us}
+    return {
+        "phase": phase,
+        "rows": job.rows,
+        "scheme": job.scheme,
+        "kernel": job.kernel.name,
+        "measured_us": measured_us,
+        "floor_us": roofline.least_us(job, ceilings),
+        "bound": max(bounds, key=lambda name: bounds[name]),
+        "ops": float(job.operations),
+        "bytes": float(moved),
+    }

@@ -1,0 +1,124 @@
+"""Small models, tables and runs that tests share: random weights from a seed, latencies from arithmetic.
+
+Imported by tests (`conftest.py` puts this folder on the path) and by `faked_run.py`, which is its own process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autotune.kernels.spec import KERNELS
+from autotune.profilers.jobs import needed
+from autotune.profilers.memory import packed_weight_bytes
+from autotune.profilers.table import LatencyTable
+from autotune.search_space.schemes import scheme
+from autotune.search_space.space import SearchSpace, build
+from autotune.search_space.workload import parse
+from autotune.targets import detect
+from autotune.targets.target import Ceilings, Target
+
+WORKLOAD = parse("1,8,4")
+CEILINGS = Ceilings(((2**25, 100.0), (2**27, 20.0)), {"fp32": 0.3, "bf16": 0.6, "int8": 1.2}, 5.0)
+
+
+def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Path:
+    """Save a seeded random transformers model; without a tokenizer, so bytes stand in for tokens."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if kind == "llama":
+        values = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        values |= {"num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 256}
+        values |= {"tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes)))
+    elif kind == "gpt2":
+        values = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 256, "n_positions": 256}
+        values |= {"eos_token_id": None, "bos_token_id": None}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(values | changes)))
+    elif kind == "bert":
+        values = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+        values |= {"vocab_size": 256, "max_position_embeddings": 1024}
+        model = transformers.BertModel(transformers.BertConfig(**(values | changes)))
+    else:
+        raise ValueError(kind)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_documents(path: Path, count: int = 24, length: int = 48, seed: int = 0) -> Path:
+    """A JSONL file of random printable text with stated splits: a quarter, a quarter, a half."""
+    generator = np.random.default_rng(seed)
+    splits = ("calibration", "search", "certification", "certification")
+    rows = []
+    for number in range(count):
+        text = bytes(generator.integers(97, 123, length).tolist()).decode()
+        rows.append(json.dumps({"text": text, "split": splits[number % 4]}))
+    path.write_text("\n".join(rows))
+    return path
+
+
+def tokens(count: int, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator) for _ in range(count)]
+
+
+def here() -> Target:
+    """This machine's features with made-up ceilings: nothing is measured."""
+    found = detect.detect()
+    return Target("here", "cpu", "this machine", found.features, found.cores, 2**34, 2**25, CEILINGS)
+
+
+def space_of(spec, schemes=None, target=None) -> SearchSpace:
+    return build(spec, target or here(), KERNELS, True, schemes)
+
+
+def fake_profile(spec, space, target, workload, *_args, **_options) -> LatencyTable:
+    """A measured-looking table: time grows with the bits of the weights; a thousandth tells kernels apart."""
+    names = sorted(kernel.name for kernel in KERNELS)
+    rows = []
+    for job in needed(spec, space, target, workload, KERNELS, "runs"):
+        size = packed_weight_bytes(job.scheme, job.shape, job.dtype)
+        median = (1.0 + size / 1000.0) * (1 + 0.2 * (job.rows > 1)) * (1 + 0.001 * names.index(job.kernel.name))
+        rows.append(job.row((median, median * 0.99, median * 1.01), "measured", size, 20))
+    return LatencyTable(target.name, "fake", tuple(rows))
+
+
+def fake_measure(model, configurations, workload, seconds=20.0, progress=None):
+    """End-to-end times by arithmetic: a constant plus the bits every group holds."""
+    from autotune.verify import EndToEnd, Interval, Run
+
+    runs = []
+    for name, configuration in configurations.items():
+        bits = 0.0
+        for group in model.spec.groups:
+            item = configuration.get(group.name, model.spec.dtype)
+            bits += 0.0 if item == "zeros" else group.weights * scheme(item).bits_per_weight
+        total = 0.05 + bits / 1e6
+        same = Interval(total, total, total)
+        runs.append(Run(name, same, same, same, (total,) * 7))
+    return EndToEnd(tuple(runs), "")
+
+
+@contextlib.contextmanager
+def faked(monkeypatch):
+    """A run of the whole loop that measures nothing: the machine is `here()`, its latencies are arithmetic."""
+    from autotune import session, verify
+    from autotune.profilers import latency
+
+    monkeypatch.setattr(session, "resolve_target", lambda name: (here(), True))
+    monkeypatch.setattr(latency, "profile", fake_profile)
+    monkeypatch.setattr(verify, "measure", fake_measure)
+    yield
+
+
+def settings(model: Path, out: Path, data: Path, **changes: object) -> dict[str, object]:
+    """Arguments of `RunConfig.of` for a run of seconds."""
+    values: dict[str, object] = {"model": str(model), "out": str(out), "data": str(data), "workload": "1,8,4"}
+    values |= {"max_loss": 0.5, "trials": 10, "calibration_tokens": 200, "score_tokens": 200, "score_length": 48}
+    values |= {"score_draws": 1, "search_tokens": 200, "search_length": 48, "certify_tokens": 600, "finalists": 2}
+    return values | {"measured_points": 3} | changes
