@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
+from autotune.errors import InputError
 from autotune.search_space.groups import ModelSpec
 
 State = Literal["certified", "not_certified", "violated", "not_applicable"]
@@ -35,7 +36,7 @@ class Bound:
     upper: float
     standard_error: float
     documents: int
-    tokens: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Certificate:
 
     @property
     def statement(self) -> str:
-        where = f"{self.data}, {self.loss.documents} documents, {self.loss.tokens:,.0f} tokens, 95%"
+        where = f"{self.data}, {self.loss.documents} documents, {self.loss.tokens:,} tokens, 95%"
         if self.state == "certified":
             return f"certified on {where}"
         if self.state == "violated":
@@ -64,14 +65,14 @@ class Certificate:
         return f"not certified on {where} ({more})"
 
 
-def bound(loss: np.ndarray, weight: np.ndarray, alpha: float) -> Bound:
+def bound(loss: np.ndarray, weight: np.ndarray, alpha: float, tokens: int) -> Bound:
     """One-sided (1 - alpha) bounds of sum(loss)/sum(weight) by the ratio estimator over documents."""
     count = len(loss)
     mean = float(loss.sum() / weight.sum())
     residual = loss - mean * weight
     error = math.sqrt(float((residual**2).sum()) * count / max(1, count - 1)) / float(weight.sum())
     reach = float(stats.t.ppf(1 - alpha, max(1, count - 1))) * error
-    return Bound(mean, mean - reach, mean + reach, error, count, float(weight.sum()))
+    return Bound(mean, mean - reach, mean + reach, error, count, tokens)
 
 
 def expected_error(kl_nats: float, tokens: float, design_effect: float = 3.0) -> float:
@@ -104,7 +105,13 @@ def certify(
 
     Args:
         limit: loss allowed: ln(1 + max_loss) nats for language models, max_loss for encoders.
+
+    Raises:
+        InputError: `data.too_few`.
     """
+    if len(documents) < 2:
+        hint = "One document says nothing about others: raise certify_tokens, or give more documents."
+        raise InputError("data.too_few", f"{data}: {len(documents)} documents to certify on.", hint)
     sums = [_Sums() for _ in finalists]
     passed: list[Certificate] = []
     last: list[Certificate] = []
@@ -133,12 +140,13 @@ class _Sums:
         self.loss: list[float] = []
         self.kl: list[float] = []
         self.dense_nll: list[float] = []
+        self.tokens = 0
 
 
 def _certificate(row: _Sums, limit: float, alpha: float, data: str) -> Certificate:
     weight = np.asarray(row.weight)
-    loss = bound(np.asarray(row.loss), weight, alpha)
-    kl = bound(np.asarray(row.kl), weight, alpha)
+    loss = bound(np.asarray(row.loss), weight, alpha, row.tokens)
+    kl = bound(np.asarray(row.kl), weight, alpha, row.tokens)
     state: State = "certified" if loss.upper <= limit else "violated" if loss.lower > limit else "not_certified"
     nll = float(np.sum(row.dense_nll) / weight.sum())
     more = None
@@ -162,6 +170,7 @@ def _measure(
         row.loss.append(loss)
         row.kl.append(kl)
         row.dense_nll.append(nll)
+        row.tokens += len(document) - 1
 
 
 def _compare(

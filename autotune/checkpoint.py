@@ -63,6 +63,8 @@ def read(folder: Path) -> Checkpoint:
             if name in tensors:
                 raise _corrupt(folder / shard, f"tensor {name!r} is also in {tensors[name].shard}")
             tensors[name] = info
+    if not tensors:
+        raise _corrupt(folder / shards[0], "it holds no tensors")
     return Checkpoint(folder, tensors, shards)
 
 
@@ -117,7 +119,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value) for name, value in header.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise _corrupt(path, f"its header is not valid: {error}") from error
     _check_layout(path, header, size - 8 - length)
     return entries

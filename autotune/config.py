@@ -15,7 +15,7 @@ from autotune.store import write_text
 class RunConfig(BaseModel):
     """What `autotune tune` was asked for. Sizes are bytes, losses are fractions (0.01 = 1%)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
     out: str
@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
     def of(cls, **values: Any) -> RunConfig:
         """Raises InputError `config.schema` naming the key."""
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -64,10 +64,10 @@ class RunConfig(BaseModel):
             raise InputError("config.missing", f"{path} does not exist.", hint)
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
             raise InputError("config.syntax", f"{path}: {error}.") from error
-        if not isinstance(value, dict):
-            raise InputError("config.syntax", f"{path}: expected a mapping.")
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise InputError("config.syntax", f"{path}: expected a mapping of names.")
         return cls.of(**value)
 
     def save(self, path: Path) -> None:
@@ -92,7 +92,7 @@ def parse_bytes(text: str) -> int:
     unit = text.strip()[len(number) :].strip().upper()
     try:
         value = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         value = 0
     if value <= 0:
         raise UsageError("config.max_memory", f"{text!r} is not a size.", "Write for example 4GiB or 800MB.")

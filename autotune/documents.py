@@ -39,8 +39,8 @@ class Documents:
     certification: tuple[torch.Tensor, ...]
 
 
-def read(path: Path | None, tokenizer: Any | None, vocabulary: int) -> Documents:
-    """Read and tokenize.
+def read(path: Path | None, tokenizer: Any | None, vocabulary: int, longest: int = MAX_DOCUMENT_TOKENS) -> Documents:
+    """Read and tokenize; documents are cut to `longest` tokens (what the model's positions allow), at most 1,000.
 
     Raises:
         InputError: `data.missing`, `data.syntax`, `data.too_few`.
@@ -49,12 +49,12 @@ def read(path: Path | None, tokenizer: Any | None, vocabulary: int) -> Documents
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for text, split in _deduplicated(rows):
         texts[split or _deal(text)].append(text)
-    for split in SPLITS:
-        if len(texts[split]) < 2:
-            hint = "Give at least 12 documents, or name their splits; certification wants 150 or more."
-            raise InputError("data.too_few", f"{path}: {len(texts[split])} documents for {split}.", hint)
-    ids = {split: tuple(_encode(text, tokenizer, vocabulary) for text in texts[split]) for split in SPLITS}
+    ids = {split: tuple(_encode(text, tokenizer, vocabulary, longest) for text in texts[split]) for split in SPLITS}
     kept = {split: tuple(item for item in ids[split] if len(item) >= 2) for split in SPLITS}
+    for split in SPLITS:
+        if len(kept[split]) < 2:
+            hint = "Give at least 12 documents, or name their splits; certification wants 150 or more."
+            raise InputError("data.too_few", f"{path}: {len(kept[split])} documents for {split}.", hint)
     name = BUNDLED if path is None else path.name
     unit = type(tokenizer).__name__ if tokenizer is not None else "bytes: the model folder has no tokenizer"
     return Documents(name, digest([[split, texts[split]] for split in SPLITS]), unit, **kept)
@@ -79,26 +79,30 @@ def _bundled() -> list[tuple[str, str | None]]:
 
 def _rows(path: Path) -> list[tuple[str, str | None]]:
     if path.is_dir():
-        return [(file.read_text(encoding="utf-8"), None) for file in sorted(path.glob("*.txt"))]
+        return [(_text(file), None) for file in sorted(path.glob("*.txt"))]
     if not path.is_file():
         raise InputError("data.missing", f"{path} does not exist.", "Give --data a .jsonl or .txt file, or a folder.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("data.syntax", f"{path} is not UTF-8 text: {error}.") from error
+    text = _text(path)
     return _jsonl(text, str(path)) if path.suffix == ".jsonl" else [(item, None) for item in _pieces(text)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError("data.syntax", f"{path} is not UTF-8 text: {error}.", "Convert it to UTF-8.") from error
 
 
 def _jsonl(text: str, where: str) -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028 and its like
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             split = row.get("split")
             rows.append((row["text"], split))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             raise InputError("data.syntax", f"{where}, line {number}: {error!r}.", 'Write {"text": "..."}.') from error
         if split not in (None, *SPLITS) or not isinstance(row["text"], str):
             raise InputError("data.syntax", f"{where}, line {number}: split {split!r}.", f"Use one of {SPLITS}.")
@@ -127,9 +131,10 @@ def _deal(text: str) -> str:
     return ("calibration", "search", "certification", "certification")[quarter]
 
 
-def _encode(text: str, tokenizer: Any | None, vocabulary: int) -> torch.Tensor:
+def _encode(text: str, tokenizer: Any | None, vocabulary: int, longest: int) -> torch.Tensor:
+    length = min(longest, MAX_DOCUMENT_TOKENS)
     if tokenizer is None:
         ids = [byte % vocabulary for byte in text.encode()]
     else:
-        ids = tokenizer(text, add_special_tokens=True, truncation=True, max_length=MAX_DOCUMENT_TOKENS)["input_ids"]
-    return torch.tensor(ids[:MAX_DOCUMENT_TOKENS], dtype=torch.long)
+        ids = tokenizer(text, add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
+    return torch.tensor(ids[:length], dtype=torch.long)

@@ -36,6 +36,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def in_pooler(path: str) -> bool:
+    """True inside an encoder's pooler, which reads the embeddings that are judged and is read by nothing here."""
+    return "pooler" in path.split(".")
+
+
 def linear_of(module: nn.Module) -> tuple[int, int, bool] | None:
     """(out_features, in_features, stored transposed) of a linear layer, None for any other module."""
     if isinstance(module, nn.Linear):
@@ -54,7 +59,7 @@ def group_linears(model: nn.Module, names: Mapping[str, str], inputs: Mapping[st
             called is in no group.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module) and name in inputs}
-    linears = {name: module for name, module in linears.items() if not name.endswith("pooler.dense")}
+    linears = {name: module for name, module in linears.items() if not in_pooler(name)}
     groups, done = [], set()
     for name in linears:
         if name in done:

@@ -16,7 +16,7 @@ from torch import nn
 from autotune import checkpoint
 from autotune.checkpoint import Checkpoint
 from autotune.errors import InputError
-from autotune.grouping import group_linears, is_linear, linear_of
+from autotune.grouping import group_linears, in_pooler, is_linear, linear_of
 from autotune.search_space.groups import KeptTensor, LayerGroup, ModelSpec, Task
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,6 +29,8 @@ class OpenModel:
     folder: Path
     spec: ModelSpec
     checkpoint: Checkpoint | None
+    vocabulary: int  # token ids are below this
+    positions: int  # longest sequence the model takes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +62,9 @@ def open_model(source: str, dtype: str | None = None, latency_only: bool = False
     tied = bool(getattr(config, "tie_word_embeddings", False)) and any(g.role == "lm_head" for g in groups)
     digest = weights.hash() if weights is not None else None
     name = folder.name if Path(source).exists() else source
-    return OpenModel(folder, ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied), weights)
+    spec = ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied)
+    positions = int(getattr(config, "max_position_embeddings", 2**31))
+    return OpenModel(folder, spec, weights, int(getattr(config, "vocab_size", 256)), positions)
 
 
 def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module:
@@ -72,6 +76,7 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it reports tensors it did not need; what is missing, `open_model` has refused
     dtype = dtype or opened.dtype
     auto = _auto_class(opened.spec.task)
     if opened.checkpoint is None:
@@ -85,9 +90,8 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
         parameter.requires_grad_(False)
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
-            raise InputError(
-                "model.nonfinite", f"{name} holds {count} NaN or infinite values.", "Retrain or repair it."
-            )
+            what = f"{opened.folder}: {name} holds {count} NaN or infinite values."
+            raise InputError("model.nonfinite", what, "Retrain or repair it.")
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -160,7 +164,7 @@ def _empty(config: Any, folder: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             model = _auto_class(_task(config)).from_config(config)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # sizes that do not fit each other raise whatever the architecture happens to raise
         hint = "It must be a causal language model or an encoder that transformers ships."
         raise InputError("model.architecture", f"{folder}: {error}.", hint) from error
     return model.eval()  # type: ignore[no-any-return]
@@ -175,7 +179,10 @@ def _default_dtype(config: Any, weights: Checkpoint | None) -> str:
 
 
 def _tensor_names(model: nn.Module, weights: Checkpoint | None) -> dict[str, str]:
-    """Parameter path -> checkpoint tensor path; a checkpoint may lack or add the base model's prefix."""
+    """Parameter path -> checkpoint tensor path; a checkpoint may lack or add the base model's prefix.
+
+    An encoder's pooler is left out where the checkpoint (of a masked language model, say) has none: nothing reads it.
+    """
     names = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
     if weights is None:
         return names
@@ -184,7 +191,8 @@ def _tensor_names(model: nn.Module, weights: Checkpoint | None) -> dict[str, str
     for name in names:
         spellings = (name, name.removeprefix(prefix), prefix + name)
         found[name] = next((spelling for spelling in spellings if spelling in weights.tensors), name)
-    return _resolve_ties(model, found, weights)
+    resolved = _resolve_ties(model, found, weights)
+    return {path: name for path, name in resolved.items() if name in weights.tensors or not in_pooler(path)}
 
 
 def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> dict[str, str]:
@@ -237,11 +245,11 @@ def _kept(
     taken |= {f"{m.module}.weight" for g in groups for m in g.members if g.role == "lm_head" and not _tied(model)}
     kept: dict[str, KeptTensor] = {}
     for path, parameter in model.named_parameters():
-        if path in taken or names[path] in kept:
+        if path in taken or path not in names or names[path] in kept:
             continue
         owner = model.get_submodule(path.rpartition(".")[0])
         shape = tuple(parameter.shape)
-        kept[names[path]] = KeptTensor(names[path], shape, parameter.numel() * width, _reason(owner, parameter))
+        kept[names[path]] = KeptTensor(names[path], shape, parameter.numel() * width, _reason(path, owner, parameter))
     return tuple(kept.values())
 
 
@@ -249,7 +257,9 @@ def _tied(model: nn.Module) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def _reason(owner: nn.Module, parameter: torch.Tensor) -> str:
+def _reason(path: str, owner: nn.Module, parameter: torch.Tensor) -> str:
+    if in_pooler(path):
+        return "pooler: not part of the embeddings that are judged"
     if isinstance(owner, nn.Embedding):
         return "embedding: rows are looked up, not multiplied"
     if parameter.ndim < 2:
@@ -261,6 +271,8 @@ def _reason(owner: nn.Module, parameter: torch.Tensor) -> str:
 
 def _check_shapes(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> None:
     for path, parameter in model.named_parameters(remove_duplicate=False):
+        if path not in names:
+            continue
         info = weights.tensors.get(names[path])
         if info is None:
             raise InputError("model.corrupt", f"{weights.folder}: tensor {names[path]!r} is missing.", "Save it again.")

@@ -57,6 +57,8 @@ class RunFolder:
             return load()
         start = time.monotonic()
         value = compute()
+        if name in records:  # killed while saving, the old key must not vouch for the new artifact
+            self.record(name, "incomplete", 0.0)
         save(value)
         self.record(name, key if complete(value) else "incomplete", time.monotonic() - start)
         return value

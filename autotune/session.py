@@ -14,6 +14,7 @@ from autotune import documents as documents_module
 from autotune.certify import expected_error
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
+from autotune.errors import UsageError
 from autotune.model import OpenModel, load_model, load_tokenizer, open_model
 from autotune.profilers.probe import probe
 from autotune.run import Reporter, RunFolder
@@ -52,7 +53,9 @@ class Session:
     @cached_property
     def documents(self) -> Documents:
         path = Path(self.config.data) if self.config.data else None
-        return documents_module.read(path, load_tokenizer(self.opened.folder), vocabulary(self.opened))
+        return documents_module.read(
+            path, load_tokenizer(self.opened.folder), self.opened.vocabulary, self.opened.positions
+        )
 
     @property
     def calibration_documents(self) -> list[torch.Tensor]:
@@ -109,6 +112,7 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
     workload = workload_module.parse(config.workload)
     chosen, local = resolve_target(config.target)
     opened = open_model(config.model, config.dtype, config.latency_only)
+    _check_length(workload, opened.positions)
     report("open", 1, 1)
     return Session(folder, config, opened, chosen, local, workload, report)
 
@@ -124,8 +128,8 @@ def resolve_target(name: str) -> tuple[Target, bool]:
         memo.close()
 
 
-def vocabulary(opened: OpenModel) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(opened.folder, local_files_only=True, trust_remote_code=False)
-    return int(getattr(config, "vocab_size", 256))
+def _check_length(workload: Workload, positions: int) -> None:
+    for request in workload.requests:
+        if request.prompt + request.generated > positions:
+            what = f"{request.prompt} prompt and {request.generated} generated tokens exceed its {positions} positions"
+            raise UsageError("workload.too_long", f"the model cannot run this workload: {what}.", "Shorten it.")

@@ -23,6 +23,7 @@ from autotune.errors import BusyError, DeviceError, InputError
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 32
+_OLD = ".old.tmp"  # what a replaced folder is called while the new one takes its place
 
 
 def canonical_json(value: Any) -> str:
@@ -42,23 +43,26 @@ def file_digest(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, atomically and durably; on any failure the old file stays and no temporary is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise _write_error(path, len(data), error) from error
-        raise
+    """Replace `path` by `data`, atomically and durably; on any failure the old file stays and no temporary is left.
+
+    Raises:
+        DeviceError: `store.no_space`, `store.write`.
+    """
+    with _write_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    _settle(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,34 +105,60 @@ def parse_json(text: str, code: str, where: str) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary sibling folder; on success it is fsynced and renamed to `path`, on failure removed.
 
-    An existing `path` is moved aside first and deleted only once the new one is in place.
+    An existing `path` is moved aside first and deleted only once the new one is in place; a failure, or `sweep` after
+    a crash in between, puts it back.
+
+    Raises:
+        DeviceError: `store.no_space`, `store.write`.
     """
     import shutil
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            for item in (*temporary.rglob("*"), temporary):
+                _fsync(item)
+            os.chmod(temporary, 0o755)
+            _exchange(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    _settle(path)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def _exchange(temporary: Path, path: Path) -> None:
+    """Put `temporary` in the place of `path`, which goes aside; on failure `path` is as before."""
+    import shutil
+
+    old = _aside(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        os.chmod(temporary, 0o755)
-        old = path.with_name(f".{path.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
         os.replace(temporary, path)
-        fsync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _write_error(path, 0, error) from error
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
         raise
 
 
-def fsync_folder(path: Path) -> None:
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_OLD}")
+
+
+def _settle(path: Path) -> None:
+    """Make a finished rename durable."""
+    try:
+        _fsync(path.parent)
+    except OSError as error:
+        what = f"{path} was written, but may not survive a loss of power: {error.strerror or error}."
+        raise DeviceError("store.write", what, "Check the disk and start again.") from error
+
+
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -136,12 +166,23 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def _write_errors(path: Path, size: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, size, error) from error
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed write left behind. Only the holder of the folder's lock may call this."""
     import shutil
 
     for stale in folder.glob(".*.tmp"):
-        if stale.is_dir():
+        moved_aside = folder / stale.name[1:].removesuffix(_OLD)
+        if stale.name.endswith(_OLD) and not moved_aside.exists():
+            os.replace(stale, moved_aside)
+        elif stale.is_dir():
             shutil.rmtree(stale, ignore_errors=True)
         else:
             stale.unlink(missing_ok=True)
@@ -153,9 +194,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BusyError: `store.locked`, naming who holds it.
+        DeviceError: `store.write` where the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with _write_errors(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below, in the caller's time
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -177,7 +221,8 @@ class Memo:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -236,7 +281,8 @@ def _depth(value: Any) -> int:
 def _write_error(path: Path, size: int, error: OSError) -> DeviceError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     code = "store.no_space" if full else "store.write"
-    hint = f"Free at least {size} bytes and start again." if full else "Check the folder's permissions."
+    space = f"at least {size} bytes" if size else "some space"
+    hint = f"Free {space} and start again." if full else "Check the folder and its permissions."
     return DeviceError(
         code,
         f"{path} could not be written: {error.strerror or error}. What was there before is untouched.",
