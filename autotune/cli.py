@@ -132,6 +132,24 @@ def apply(run: RunArgument) -> None:
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Format, by the name of its exporter.")] = "compressed-tensors",
+    model: Annotated[Path | None, typer.Option(help="The original model folder, where the run's has moved.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+) -> None:
+    """Write the compressed model in a format that other tools load."""
+    from autotune.export import exporters
+
+    item = exporters.exporter(to)
+    done = exporters.load(item).write(run, out, model, force)
+    console.print(f"{out}: {done.bytes / 2**20:.1f} MiB of weights for {item.consumers}")
+    for note in done.notes:
+        console.print(f"note: {note}")
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Draw the report again."""
     _finish(_run(_config(run), "report"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autotune.errors import InputError, UsageError, did_you_mean
 from autotune.store import write_text
@@ -45,6 +45,12 @@ class RunConfig(BaseModel):
     finalists: int = Field(default=4, ge=1, le=5)
     measured_points: int = Field(default=12, ge=1)
 
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> RunConfig:
+        if self.max_loss is None and not self.latency_only:
+            raise ValueError("max_loss is needed, unless latency_only is set")
+        return self
+
     @classmethod
     def of(cls, **values: Any) -> RunConfig:
         """Raises InputError `config.schema` naming the key."""
@@ -52,7 +58,7 @@ class RunConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            key = ".".join(str(part) for part in first["loc"]) or "settings"
             hint = did_you_mean(key, cls.model_fields) if first["type"] == "extra_forbidden" else ""
             raise InputError("config.schema", f"{key}: {first['msg']}.", hint) from error
 

@@ -19,16 +19,20 @@ FUSION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qkv", ("q_proj", "k_proj", "v_proj")),
     ("qkv", ("query", "key", "value")),
     ("qkv", ("q_lin", "k_lin", "v_lin")),
+    ("qkv", ("q", "k", "v")),
     ("gate_up", ("gate_proj", "up_proj")),
 )
 # (pattern on the module path, role), the first match wins; anything else is named by its last path component.
 ROLES: tuple[tuple[str, str], ...] = (
     (r"(lm_head|embed_out|output_projection)$", "lm_head"),
     (r"attn\.c_attn$|query_key_value$|qkv_proj$|Wqkv$", "qkv"),
-    (r"attn\.c_proj$|(o_proj|out_proj|out_lin)$|attention\.output\.dense$|self_attn\.dense$", "o"),
-    (r"gate_up_proj$", "gate_up"),
-    (r"(mlp\.c_fc|fc1|lin1|up_proj|intermediate\.dense|dense_h_to_4h)$", "up"),
-    (r"(mlp\.c_proj|fc2|lin2|down_proj|output\.dense|dense_4h_to_h)$", "down"),
+    (
+        r"attn\.c_proj$|(o_proj|out_proj|out_lin)$|attention\.output\.dense$|(self_attn|attention)\.dense$|attn\.(Wo|o)$",
+        "o",
+    ),
+    (r"(gate_up_proj|mlp\.Wi)$", "gate_up"),
+    (r"(mlp\.c_fc|fc1|fc_in|lin1|up_proj|intermediate\.dense|dense_h_to_4h)$", "up"),
+    (r"(mlp\.c_proj|fc2|fc_out|lin2|down_proj|output\.dense|dense_4h_to_h|mlp\.Wo)$", "down"),
 )
 
 

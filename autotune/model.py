@@ -54,7 +54,7 @@ def open_model(source: str, dtype: str | None = None, latency_only: bool = False
     task = _task(config)
     dtype = dtype or _default_dtype(config, weights)
     names = _tensor_names(model, weights)
-    groups = group_linears(model, names, _trace(model, config))
+    groups = group_linears(model, names, _trace(model))
     kept = _kept(model, groups, names, 2 if dtype == "bf16" else 4)
     if weights is not None:
         _check_shapes(model, names, weights)
@@ -191,8 +191,20 @@ def _tensor_names(model: nn.Module, weights: Checkpoint | None) -> dict[str, str
     for name in names:
         spellings = (name, name.removeprefix(prefix), prefix + name)
         found[name] = next((spelling for spelling in spellings if spelling in weights.tensors), name)
+    if missing := {name for name, stored in found.items() if stored not in weights.tensors}:
+        found |= {name: stored for name, stored in _renamed(model, weights).items() if name in missing}
     resolved = _resolve_ties(model, found, weights)
     return {path: name for path, name in resolved.items() if name in weights.tensors or not in_pooler(path)}
+
+
+def _renamed(model: nn.Module, weights: Checkpoint) -> dict[str, str]:
+    """Parameter path -> checkpoint tensor path by transformers' rules for older names (LayerNorm.gamma, embed_out)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [rule for rule in get_model_conversion_mapping(cast(Any, model)) if isinstance(rule, WeightRenaming)]
+    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
+    return {rename_source_key(name, rules, [], prefix, state)[0]: name for name in weights.tensors}
 
 
 def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> dict[str, str]:
@@ -216,8 +228,8 @@ def _resolve_ties(model: nn.Module, names: dict[str, str], weights: Checkpoint) 
     return names
 
 
-def _trace(model: nn.Module, config: Any) -> dict[str, int]:
-    """Module path -> a number that two linears share exactly when they read the same tensor. Empty if tracing fails."""
+def _trace(model: nn.Module) -> dict[str, int]:
+    """Module path -> a number that two linears share exactly when they read the same tensor."""
     seen: list[torch.Tensor] = []  # kept alive so that ids stay distinct
     inputs: dict[str, int] = {}
 
@@ -229,9 +241,17 @@ def _trace(model: nn.Module, config: Any) -> dict[str, int]:
         return hook
 
     handles = [m.register_forward_pre_hook(record(n)) for n, m in model.named_modules() if is_linear(m)]
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+            try:
+                model(ids)
+            except RuntimeError:  # some look at the values of ids that come without a mask, and others at the mask's
+                model(ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # whatever the architecture raises
+        what = f"the forward pass of {type(model).__name__} could not be traced: {error}."
+        hint = "It must be a causal language model or an encoder that takes token ids."
+        raise InputError("model.architecture", what, hint) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -274,6 +294,9 @@ def _check_shapes(model: nn.Module, names: dict[str, str], weights: Checkpoint) 
         if path not in names:
             continue
         info = weights.tensors.get(names[path])
+        if info is None and parameter.ndim == 3:
+            what = f"{weights.folder}: experts are stored one by one and merged into {path} on loading."
+            raise InputError("model.architecture", what, "Mixtures of experts in this form are not supported yet.")
         if info is None:
             raise InputError("model.corrupt", f"{weights.folder}: tensor {names[path]!r} is missing.", "Save it again.")
         if info.shape != tuple(parameter.shape):

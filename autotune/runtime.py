@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autotune.compress import database
-from autotune.errors import InputError
+from autotune.errors import DeviceError, InputError
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
 from autotune.kernels.reference import dequantize
@@ -30,7 +30,9 @@ from autotune.store import new_folder
 
 WEIGHTS = "compressed.safetensors"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_COPIED = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "special_tokens_map.json")
+# Text and tables only: tokenizer code, where a folder has it, is never run and stays behind.
+_COPIED = ("config.json", "generation_config.json", "tokenizer*.json", "added_tokens.json", "special_tokens_map.json")
+_COPIED += ("vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None = None) -> nn.Module:
@@ -48,10 +50,11 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
     _check_same_model(model, loaded)
     tensors = _read(folder / WEIGHTS)
     dtype = _DTYPES[loaded.model.dtype]
-    for name, group in _groups(loaded).items():
-        weight = _group_weight(loaded, name, tensors, model)
-        _check_same_weights(model, group, weight, loaded)
-        _install(model, loaded, name, group, weight, dtype)
+    groups = _groups(loaded)
+    for name, group in groups.items():  # all of them before the first is changed
+        _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
+    for name, group in groups.items():
+        _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
     keep_large_blocks()
     return model
 
@@ -65,6 +68,7 @@ def load(folder: Path | str) -> nn.Module:
     path = Path(folder)
     path = path / "model" if not (path / WEIGHTS).is_file() and (path / "model" / WEIGHTS).is_file() else path
     plan = Plan.load(path / "plan.json")
+    _check_same_plan(path / WEIGHTS, plan)
     tensors = _read(path / WEIGHTS)
     dtype = _DTYPES[plan.model.dtype]
     model = _skeleton(path, plan, dtype)
@@ -98,6 +102,7 @@ def save(
         weights: canonical weights of every group, dense ones included.
         dense: groups whose rows are the tied embedding and need no copy.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -114,7 +119,11 @@ def save(
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, temporary / file.name)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "autotune/1", "plan": plan.digest()})
+        try:
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "autotune/1", "plan": plan.digest()})
+        except SafetensorError as error:  # how the library reports that a write failed
+            hint = f"It needs {sum(tensor.nbytes for tensor in tensors.values()):,} bytes; free them and start again."
+            raise DeviceError("store.no_space", f"{folder} could not be written: {error}.", hint) from error
         plan.save(temporary / "plan.json")
 
 
@@ -155,6 +164,19 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise InputError("apply.weights", f"{path} cannot be read: {error}.", "Save the model again.") from error
+
+
+def _check_same_plan(path: Path, plan: Plan) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            stated = (file.metadata() or {}).get("plan")
+    except (SafetensorError, OSError) as error:
+        raise InputError("apply.weights", f"{path} cannot be read: {error}.", "Save the model again.") from error
+    if stated != plan.digest():
+        hint = "Keep the plan.json that was written with the weights, or run `autotune apply RUN` again."
+        raise InputError("apply.weights", f"{path} was not made for the plan.json beside it.", hint)
 
 
 def _groups(plan: Plan) -> dict[str, list[Any]]:

@@ -35,15 +35,16 @@ def tune(
     Raises:
         AutotuneError: see `autotune.errors`; everything finished before is kept and reused by the next call.
     """
+    keep_large_blocks()
     folder = RunFolder(Path(config.out))
-    with locked(folder.path):
-        keep_large_blocks()
-        config.save(folder.path / "config.yaml")
-        return _stages(folder, config, report, until, stop or threading.Event())
-
-
-def _stages(folder: RunFolder, config: RunConfig, report: Reporter, until: str, stop: threading.Event) -> Result:
     session = open_session(folder, config, report)
+    with locked(folder.path):  # only now: input that cannot be used leaves no folder, and no run's settings replaced
+        config.save(folder.path / "config.yaml")
+        return _stages(session, until, stop or threading.Event())
+
+
+def _stages(session: Session, until: str, stop: threading.Event) -> Result:
+    folder, config, report = session.folder, session.config, session.report
     space = tables.build_space(session)
     table = tables.profile(session, space)
     space = tables.prune_space(session, space, table)
@@ -97,4 +98,6 @@ def _save_model(session: Session, models: Models, plan: Plan) -> None:
         session.report("save", 1, 1)
         return plan.digest()
 
-    session.folder.stage("apply", [plan.digest(), folder.is_dir()], compute, lambda _: None, plan.digest)
+    session.folder.stage(
+        "apply", plan.digest(), compute, lambda _: None, lambda: plan.digest() if folder.is_dir() else compute()
+    )

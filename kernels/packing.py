@@ -70,7 +70,7 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "packing.pattern", f"{bad} groups of four inputs have more than two non-zeros.", "Prune first."
         )
     positions = torch.stack([first, second], -1)  # (out, in/4, 2)
-    values = quads.gather(-1, positions.long()).view(rows, inputs // 2)
+    values = _movable(quads).gather(-1, positions.long()).view(rows, inputs // 2).view(codes.dtype)
     return values, _pack_unsigned(positions.view(rows, inputs // 2), 2)
 
 
@@ -80,8 +80,15 @@ def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if survivors % 2 or positions.shape[1] != -(-survivors // 4):
         raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
     index = _unpack_unsigned(positions, 2, survivors).view(rows, survivors // 2, 2).long()
-    quads = torch.zeros(rows, survivors // 2, 4, dtype=values.dtype)
-    return quads.scatter_(-1, index, values.view(rows, survivors // 2, 2)).view(rows, survivors * 2)
+    movable = _movable(values)
+    quads = torch.zeros(rows, survivors // 2, 4, dtype=movable.dtype)
+    quads.scatter_(-1, index, movable.view(rows, survivors // 2, 2))
+    return quads.view(rows, survivors * 2).view(values.dtype)
+
+
+def _movable(values: torch.Tensor) -> torch.Tensor:
+    """The same bytes in a type that torch can gather and scatter: it does neither for fp8."""
+    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:

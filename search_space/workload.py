@@ -5,6 +5,7 @@ One request costs one prefill over batch x prompt tokens and `generated` decode 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autotune.errors import UsageError, did_you_mean
@@ -83,7 +84,7 @@ def _request(text: str) -> Request:
     except ValueError as error:
         hint = "Write batch,prompt,generated, for example 1,128,64, or a mix such as 0.7*1,128,64+0.3*1,512,0."
         raise UsageError("workload.syntax", f"{text!r} is not a workload.", hint) from error
-    if weight <= 0 or batch < 1 or prompt < 1 or generated < 0:
+    if not 0 < weight < math.inf or batch < 1 or prompt < 1 or generated < 0:
         hint = "batch and prompt are at least 1, generated at least 0, weights positive."
         raise UsageError("workload.syntax", f"{text!r} is out of range.", hint)
     return Request(batch, prompt, generated, weight)

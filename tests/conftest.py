@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only waits for the first
 sys.path.insert(0, str(Path(__file__).parent))
 
 

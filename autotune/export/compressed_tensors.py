@@ -3,8 +3,8 @@
 Our codes and scales are carried exactly. Every layer is a target by its exact name (readers disagree about the order of
 overlapping patterns) and every group of layers names its own format, so mixed plans need no further argument. Only 8-,
 4- and 2-bit integers and fp8 are written: the layout of other widths changed between versions 0.17 and 0.20 of the
-format's library, and what we write is read alike by all of them. There is no 2:4 layout any more: such weights keep their
-exact zeros as ordinary values, and the report says that they bring no speed there.
+format's library, and what we write is read alike by all of them. There is no 2:4 layout any more: such weights keep
+their exact zeros as ordinary values, and the report says that they bring no speed there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from autotune.errors import InputError
 from autotune.export.exporters import ExportReport
-from autotune.export.output import finish, output_folder, write_side_files
+from autotune.export.output import finish, output_folder, save_weights, write_side_files
 from autotune.export.saved import SavedGroup, SavedModel, open_saved
 from autotune.grouping import FUSION
 from autotune.kernels.packing import pack_codes
@@ -33,8 +33,6 @@ _SIGN_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}  # flipping them turns packed two's com
 
 def write(folder: Path, out: Path, source: Path | None = None, force: bool = False) -> ExportReport:
     """See `exporters.ExporterModule`."""
-    from safetensors.torch import save_file
-
     saved = open_saved(folder, source)
     check(saved)
     config, notes = _config(saved)
@@ -46,8 +44,8 @@ def write(folder: Path, out: Path, source: Path | None = None, force: bool = Fal
                 tensors |= {f"{member.module}.{key}": value for key, value in parts.items()}
     schemes = {group.name: group.scheme.name for group in saved.groups}
     report = ExportReport(NAME, out, saved.plan.digest(), 0, schemes, notes)
-    with output_folder(out, force) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    with output_folder(out, force, (saved.folder, saved.source)) as temporary:
+        save_weights(tensors, temporary / "model.safetensors")
         write_side_files(saved, config, temporary)
         return finish(report, temporary)
 
@@ -168,7 +166,8 @@ def _note_sparse(saved: SavedModel) -> str:
     sparse = sum(group.scheme.sparsity != "dense" for group in saved.groups)
     if not sparse:
         return ""
-    return f"{sparse} groups keep their 2:4 zeros as ordinary values: no speed-up from sparsity in these runtimes."
+    where = f"{sparse} of {len(saved.groups)} groups"
+    return f"The 2:4 zeros of {where} are stored as ordinary values: no speed-up from sparsity in these runtimes."
 
 
 def _quantization_config(groups: tuple[SavedGroup, ...]) -> dict[str, Any] | None:

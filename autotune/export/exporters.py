@@ -1,8 +1,8 @@
 """The table of exporters: which tools a plan can be handed to, and what an exporter's file must hold.
 
-An exporter is one file with two functions, `write` and `read`. Add one: write the file, add one line to the table below;
-the conformance suite in `tests/conformance/` then tests it. Whatever the tool cannot represent exactly is refused with
-`export.unsupported` before anything is written; nothing is converted silently.
+An exporter is one file with two functions, `write` and `read`. Add one: write the file, add one line to the table
+below; the conformance suite in `tests/conformance/` then tests it. What the tool cannot represent exactly is refused
+with `export.unsupported` before anything is written; nothing is converted silently.
 """
 
 from __future__ import annotations

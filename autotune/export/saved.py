@@ -1,4 +1,4 @@
-"""A saved compressed model as exporters see it: canonical weights of every linear layer, and every other tensor by name.
+"""A saved compressed model as exporters see it: canonical weights of linear layers, every other tensor by name.
 
 Everything is checked here, once, against the architecture built without weights: each parameter of the model is there
 with its shape, and nothing else is. Exporters only translate.
@@ -42,9 +42,10 @@ class SavedGroup:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """`kept`: state-dict name -> tensor, of all that no scheme touches. `source` holds config.json and the tokenizer."""
+    """`kept`: state-dict name -> tensor, of all that no scheme touches. `source` holds config and tokenizer."""
 
     plan: Plan
+    folder: Path
     source: Path
     dtype: torch.dtype
     groups: tuple[SavedGroup, ...]
@@ -70,7 +71,7 @@ def open_saved(folder: Path, source: Path | None = None) -> SavedModel:
     groups = tuple(_group(plan, group.name, tensors, empty) for group in plan.groups)
     kept = {name: tensor for name, tensor in tensors.items() if "::" not in name}
     _check_kept(plan, kept, empty)
-    return SavedModel(plan, origin, _DTYPES[plan.model.dtype], groups, kept)
+    return SavedModel(plan, path, origin, _DTYPES[plan.model.dtype], groups, kept)
 
 
 def _model_folder(folder: Path) -> Path:

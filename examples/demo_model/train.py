@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--work", type=Path, default=Path("demo_model_work"), help="for checkpoints")
-    parser.add_argument("--steps", type=int, default=900, help="at most this many steps")
+    parser.add_argument("--steps", type=int, default=450, help="at most this many steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="at most this long")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
