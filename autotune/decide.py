@@ -257,14 +257,19 @@ def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -
 
 
 def _evenly(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Uniform baselines first, then points spread evenly over the latency range."""
+    """Uniform baselines first, then the points nearest to latencies spread evenly over the range."""
     first = [c for c in candidates if c.source.startswith("uniform")][:count]
-    rest = sorted((c for c in candidates if c not in first), key=lambda c: c.latency_us)
-    room = count - len(first)
-    if room <= 0 or not rest:
+    rest = [c for c in candidates if c not in first]
+    room = min(count - len(first), len(rest))
+    if room <= 0:
         return first
-    step = max(1.0, (len(rest) - 1) / max(1, room - 1))
-    return first + [rest[round(i * step)] for i in range(min(room, len(rest))) if round(i * step) < len(rest)]
+    slowest, fastest = max(c.latency_us for c in rest), min(c.latency_us for c in rest)
+    for step in range(room):
+        target = slowest - (slowest - fastest) * step / max(1, room - 1)
+        nearest = min(rest, key=lambda c: abs(c.latency_us - target))
+        rest.remove(nearest)
+        first.append(nearest)
+    return first
 
 
 def _infeasible(front: Front, problem: Problem, budget: Budget) -> InfeasibleError:

@@ -31,8 +31,10 @@ from autotune.store import new_folder
 WEIGHTS = "compressed.safetensors"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Text and tables only: tokenizer code, where a folder has it, is never run and stays behind.
-_COPIED = ("config.json", "generation_config.json", "tokenizer*.json", "added_tokens.json", "special_tokens_map.json")
-_COPIED += ("vocab*", "merges.txt", "*.model", "chat_template*")
+_COPIED = (
+    *("config.json", "generation_config.json", "tokenizer*.json", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab*", "merges.txt", "*.model", "chat_template*"),
+)
 
 
 def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None = None) -> nn.Module:

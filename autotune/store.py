@@ -178,8 +178,8 @@ def sweep(folder: Path) -> None:
     """Remove what a killed write left behind. Only the holder of the folder's lock may call this."""
     import shutil
 
-    for stale in folder.glob(".*.tmp"):
-        moved_aside = folder / stale.name[1:].removesuffix(_OLD)
+    for stale in sorted(folder.rglob(".*.tmp")):
+        moved_aside = stale.with_name(stale.name[1:].removesuffix(_OLD))
         if stale.name.endswith(_OLD) and not moved_aside.exists():
             os.replace(stale, moved_aside)
         elif stale.is_dir():

@@ -17,7 +17,7 @@ Sparsity = Literal["dense", "2:4"]
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """How one tensor's numbers are kept. `group_size` None: one scale per output channel (weights) or token (activations)."""
+    """How one tensor's numbers are kept. `group_size` None: one scale an output channel (weights), a token (inputs)."""
 
     kind: Literal["int", "float"]
     bits: int

@@ -65,13 +65,14 @@ def build(
     dense = scheme(spec.dtype)
     names = None if allowed is None else {scheme(name).name for name in allowed}
     candidates = [item for item in SCHEMES if item is dense or not item.is_dense]
-    entries = []
+    entries: list[Entry] = []
     for group in spec.groups:
-        for item in candidates:
-            entries.append(_entry(item, group, spec, target, kernels, local, names, dense))
-        if not entries[-len(candidates) + candidates.index(dense)].legality.usable:
-            reason = entries[-len(candidates) + candidates.index(dense)].legality.reason
-            raise InputError("space.no_dense", f"{group.name} cannot run as {dense.name} on {target.name}: {reason}.")
+        found = [_entry(item, group, spec, target, kernels, local, names, dense) for item in candidates]
+        answer = found[candidates.index(dense)].legality
+        if not answer.usable:
+            what = f"{group.name} cannot run as {dense.name} on {target.name}: {answer.reason}."
+            raise InputError("space.no_dense", what, "Try --dtype, or another target.")
+        entries += found
     return SearchSpace(target.name, spec.dtype, dense.name, tuple(entries))
 
 

@@ -17,10 +17,12 @@ import time
 import traceback
 from pathlib import Path
 
+import optuna  # noqa: F401
 import pytest
 import tiny
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401 - found lazily otherwise, in every run again
 
-import autotune.report.numbers
+import autotune.runtime
 import autotune.search.run
 import autotune.tune
 from autotune.config import RunConfig

@@ -86,8 +86,10 @@ def test_every_method_is_read_off_one_front_within_its_evaluations(played):
             losses = [float("inf") if row["kl_nats"] is None else row["kl_nats"] for row in mine]
             assert losses == sorted(losses, reverse=True)  # more time, no more loss
             assert len({row["evaluations"] for row in mine}) == len({row["hypervolume"] for row in mine}) == 1
-            if method not in ("fast", "uniform"):
-                assert EVALUATIONS - 2 < mine[0]["evaluations"] <= EVALUATIONS + 1e-9
+            if method == "ours":  # races end early
+                assert 0.7 * EVALUATIONS < mine[0]["evaluations"] <= EVALUATIONS + 1e-9
+            elif method in ("nsga2", "tpe", "random"):
+                assert mine[0]["evaluations"] == pytest.approx(EVALUATIONS)
     for method in ("fast", "uniform"):  # they know no seed
         first, second = ([r["kl_nats"] for r in rows if (r["method"], r["seed"]) == (method, s)] for s in (0, 1))
         assert first == second

@@ -87,7 +87,8 @@ def test_a_text_file_is_cut_at_its_separators(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("\n---\n".join(f"text {n}" for n in range(60)))
     found = read(path, None, 256)
-    assert sorted(sum((texts(getattr(found, split)) for split in SPLITS), [])) == sorted(f"text {n}" for n in range(60))
+    together = [text for split in SPLITS for text in texts(getattr(found, split))]
+    assert sorted(together) == sorted(f"text {n}" for n in range(60))
 
 
 def test_a_text_file_without_separators_is_cut_at_blank_lines(tmp_path):

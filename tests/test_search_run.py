@@ -18,7 +18,7 @@ from autotune.search.correction import loss_table
 from autotune.search.front import dnll_upper_nats, fits
 from autotune.search.problem import Budget, Evaluation
 from autotune.search.race import clearly_worse, moves
-from autotune.search.run import search, trials_for_minutes
+from autotune.search.run import ALONG, search, trials_for_minutes
 from autotune.search.synthetic import SCHEMES, synthetic
 
 BUDGET = Budget(0.01)
@@ -127,7 +127,7 @@ def test_the_number_of_evaluations_is_kept(made):
 
     run(made, evaluate=evaluate, trials=20)
     extra = sum(cost.values()) - len(seeds(made.problem, BUDGET.max_loss_nats, ()))
-    assert 17 <= extra <= 22
+    assert 17 <= extra - ALONG <= 22
 
 
 def test_ctrl_c_and_should_stop_keep_the_front(made):
@@ -316,7 +316,6 @@ def test_the_loss_bound_lies_above_the_mean():
     values = evaluation([0.01, 0.02, 0.03])
     assert dnll_upper_nats(values) > values.dnll_nats
     assert dnll_upper_nats(values, 0.99) > dnll_upper_nats(values, 0.8)
-
 
 
 def test_one_document_alone_is_judged_by_its_kl():

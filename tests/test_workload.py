@@ -46,7 +46,22 @@ def test_an_unknown_name_is_met_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "1,2", "1,2,3,4", "0,1,1", "1,0,1", "1,1,-1", "-1*1,1,1", "0*1,1,1", "1,1,1+", "1.5,1,1", "x*1,1,1", "nan*1,1,1", "inf*1,1,1"]
+    "text",
+    [
+        "1",
+        "1,2",
+        "1,2,3,4",
+        "0,1,1",
+        "1,0,1",
+        "1,1,-1",
+        "-1*1,1,1",
+        "0*1,1,1",
+        "1,1,1+",
+        "1.5,1,1",
+        "x*1,1,1",
+        "nan*1,1,1",
+        "inf*1,1,1",
+    ],
 )
 def test_what_is_no_workload_is_refused(text):
     with pytest.raises(UsageError) as error:

@@ -29,6 +29,7 @@ from autotune.search.problem import Budget, Candidate, Evaluate, Front, Genotype
 from autotune.search.race import refine
 from autotune.search.study import TARGET, Decoder, Outer, Params, Study, decoder, target_grid
 
+ALONG = 4  # points between dense and the fastest, whatever the budget
 GRID = 5  # latency targets at which the uncorrected table is decoded
 STARTUP = 8  # trials before TPE models anything, the grid included
 STUDY_SHARE = 0.75  # of the evaluations; the rest refine
@@ -75,6 +76,7 @@ def search(
             _measure_targets(ledger, decode, grid)
         else:
             _measure_seeds(ledger, decode, grid, scores, trials)
+            _measure_along(ledger, decode)
             _run_study(ledger, study, grid, round(trials * STUDY_SHARE), seed, record)
             refine(ledger, decode, trials - round(trials * STUDY_SHARE), seed)
     except (Stopped, KeyboardInterrupt):
@@ -94,11 +96,19 @@ def _measure_targets(ledger: Ledger, decode: Decoder, grid: tuple[float, ...]) -
         ledger.measure(decode.genotype(decode.table.loss, target), f"fast {number}")
 
 
+def _measure_along(ledger: Ledger, decode: Decoder) -> None:
+    """A few points of the uncorrected front between dense and the fastest: what smaller budgets would get."""
+    width = decode.slowest_us - decode.fastest_us
+    for number in range(1, ALONG + 1):
+        target = decode.slowest_us - width * number / (ALONG + 1)
+        ledger.measure(decode.genotype(decode.table.loss, target), f"along {number}")
+
+
 def _measure_seeds(
     ledger: Ledger, decode: Decoder, grid: tuple[float, ...], scores: Mapping[str, Table] | None, trials: int
 ) -> None:
     named = baselines.seeds(decode.problem, decode.budget.max_loss_nats, grid[:1], scores)
-    ledger.planned = len(named) + trials
+    ledger.planned = len(named) + ALONG + trials
     for name, genotype in named.items():
         ledger.measure(genotype, name)
 
