@@ -11,6 +11,7 @@ from autotune import verify
 from autotune.certify import Bound, Certificate, certify
 from autotune.errors import InfeasibleError
 from autotune.kernels.spec import kernel as kernel_named
+from autotune.latency_model import Calibration, uniform_configurations
 from autotune.models import LOOK_SHARES, Models
 from autotune.profilers.latency import LatencyTable
 from autotune.score import LossTable
@@ -33,7 +34,7 @@ from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import digest
 from autotune.switchable import SwitchableModel
-from autotune.verify import Calibration, EndToEnd
+from autotune.verify import EndToEnd
 
 
 def build_problem(
@@ -290,10 +291,11 @@ def _infeasible(front: Front, problem: Problem, budget: Budget) -> InfeasibleErr
 
 
 def measure_points(session: Session, problem: Problem, points: Sequence[Point], models: Models) -> EndToEnd | None:
-    """End-to-end latency of dense and every point, one interleaved run; None where nothing can be run."""
+    """End-to-end latency of every point, and of what a fit needs, in one run; None where nothing can be run."""
     if not session.local:
         return None
-    configurations: dict[str, Mapping[str, str]] = {"dense": {}}
+    available = {group.name: [option.scheme for option in group.options] for group in problem.groups}
+    configurations = uniform_configurations(session.spec, available)
     configurations |= {point.name: configuration(problem, point.candidate.genotype) for point in points}
     progress = session.progress("verify")
     return session.folder.json_stage(

@@ -8,13 +8,14 @@ from typing import Any
 from autotune.certify import Certificate
 from autotune.compress.database import WeightDatabase
 from autotune.decide import Point
+from autotune.latency_model import Calibration
 from autotune.plan import Plan
 from autotune.profilers.latency import LatencyTable
 from autotune.score import LossTable
 from autotune.search.problem import Front, Problem
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
-from autotune.verify import Calibration, EndToEnd
+from autotune.verify import EndToEnd
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Result:
     front: Front | None = None
     points: tuple[Point, ...] = ()
     end_to_end: EndToEnd | None = None
+    refit: Calibration | None = None  # the same from the finalists' run, to judge predictions by
     certificates: dict[str, Certificate] | None = None
     chosen: Point | None = None
     plan: Plan | None = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from autotune import verify
 from autotune.compress import calibrate, database
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.spec import KERNELS, kernel_hash
+from autotune.latency_model import Calibration, fit
+from autotune.latency_model import calibrate as calibrate_model
 from autotune.models import Models
 from autotune.profilers import latency
 from autotune.profilers.latency import LatencyTable
@@ -19,7 +19,7 @@ from autotune.search_space import space as space_module
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import Memo, user_folder, write_text
-from autotune.verify import Calibration, EndToEnd
+from autotune.verify import EndToEnd
 
 
 def build_space(session: Session) -> SearchSpace:
@@ -120,12 +120,17 @@ def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable,
     def compute() -> Calibration:
         assert models.runnable is not None
         progress = session.progress("calibrate")
-        return verify.calibrate(models.runnable, table, available, session.workload, 20.0, progress)
+        return calibrate_model(models.runnable, table, available, session.workload, 20.0, progress)
 
     return session.folder.json_stage(
-        "calibration", [table.hash, available, str(session.workload)], compute, asdict, decode_calibration
+        "calibration", [table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json
     )
 
 
-def decode_calibration(value: Mapping[str, Any]) -> Calibration:
-    return Calibration(value["rest_us"], value["factors"], EndToEnd.from_json(value["end_to_end"]))
+def refit_latency(
+    session: Session, space: SearchSpace, table: LatencyTable, end_to_end: EndToEnd | None
+) -> Calibration | None:
+    """The latency model fitted to the finalists' run: a shared machine drifts between runs, not within one."""
+    if end_to_end is None:
+        return None
+    return fit(end_to_end, table, session.spec, available_schemes(space, session), session.workload)

@@ -67,6 +67,7 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         return result
 
     result.end_to_end = decide.measure_points(session, result.problem, result.points, models)
+    result.refit = tables.refit_latency(session, space, table, result.end_to_end)
     result.certificates = decide.certify_points(session, result.problem, result.points, models)
     result.chosen = decide.choose(result.points, result.certificates, result.end_to_end, not config.latency_only)
     result.plan = planning.build_plan(result, result.chosen)

@@ -1,25 +1,20 @@
 """End-to-end latency of whole configurations on the real kernels, interleaved in one run, and what it says of the sums.
 
 A request is run as `generate` runs it: one prefill that asks for the last position's logits, then decode steps over a
-growing cache. Configurations take turns round by round, so drift of the machine hits all alike; savings are paired by
-round. The rest of the model is the run with every layer group answering zeros, and one factor per scheme, fitted on
-uniform runs, carries isolated kernel times into the model.
+growing cache. Configurations take turns round by round, so drift of the machine hits all alike; savings are paired
+by round.
 """
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import pandas as pd
 
-from autotune.profilers.latency import LatencyTable
-from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.workload import Workload
-from autotune.switchable import ZEROS, SwitchableModel
+from autotune.switchable import SwitchableModel
 
 DECODE_STEPS = 8  # timed steps a round; a workload's generated tokens are this step's time multiplied
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
@@ -143,68 +138,3 @@ def _noise(runs: Sequence[Run], bound: float = 0.05) -> str:
             f"too noisy: the 95% interval of {', '.join(wide)} is wider than +-{bound:.0%}; other work on the machine?"
         )
     return ""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """latency_us of a configuration = rest_us + sum over groups of factors[scheme] x table entry."""
-
-    rest_us: float
-    factors: dict[str, float]  # scheme -> factor on its isolated kernel times
-    end_to_end: EndToEnd | None  # None: nothing was run, so rest is 0 and factors are 1
-
-    def group_us(self, table: LatencyTable, group: LayerGroup, scheme: str, workload: Workload) -> float:
-        return self.factors.get(scheme, 1.0) * isolated_us(table, group, scheme, workload)
-
-
-def isolated_us(table: LatencyTable, group: LayerGroup, scheme: str, workload: Workload) -> float:
-    """The workload's total time in this group's kernel, as measured alone."""
-    choice = table.best(group, scheme, workload)
-    assert choice is not None, (group.name, scheme)  # `prune` dropped what has no time
-    return choice.latency_us
-
-
-def uniform(spec: ModelSpec, available: Mapping[str, Sequence[str]], scheme: str) -> dict[str, str]:
-    """`scheme` on every group that offers it; the rest stays dense."""
-    return {group.name: scheme for group in spec.groups if scheme in available[group.name]}
-
-
-def calibrate(
-    model: SwitchableModel,
-    table: LatencyTable,
-    available: Mapping[str, Sequence[str]],
-    workload: Workload,
-    seconds: float = 20.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Calibration:
-    """Fit rest and factors on interleaved runs: linears replaced by zeros, dense, every uniform scheme."""
-    spec = model.spec
-    names = sorted({name for schemes in available.values() for name in schemes} - {spec.dtype})
-    configurations = {"dense": {}, "zeros": dict.fromkeys(available, ZEROS)}
-    configurations |= {f"uniform {name}": uniform(spec, available, name) for name in names}
-    result = measure(model, configurations, workload, seconds, progress)
-    rest_us = result.of("zeros").latency_ms.median * 1e3
-    factors = {spec.dtype: 1.0}
-    dense_us = {group.name: isolated_us(table, group, spec.dtype, workload) for group in spec.groups}
-    dense_total = (result.of("dense").latency_ms.median * 1e3) - rest_us
-    factors[spec.dtype] = max(0.0, dense_total) / sum(dense_us.values())
-    for name in names:
-        changed = [group for group in spec.groups if name in available[group.name]]
-        kept_us = factors[spec.dtype] * sum(dense_us[g.name] for g in spec.groups if g not in changed)
-        linear_us = result.of(f"uniform {name}").latency_ms.median * 1e3 - rest_us - kept_us
-        alone_us = sum(isolated_us(table, group, name, workload) for group in changed)
-        factors[name] = max(0.0, linear_us) / alone_us
-    return Calibration(rest_us, factors, result)
-
-
-def rows_csv(result: EndToEnd) -> str:
-    """A flat table of the runs, for reading elsewhere."""
-    buffer = io.StringIO()
-    rows = []
-    for run in result.runs:
-        row: dict[str, object] = {"name": run.name}
-        for key in ("prefill_ms", "decode_ms", "latency_ms"):
-            row |= {f"{key}_{part}": value for part, value in asdict(getattr(run, key)).items()}
-        rows.append(row)
-    pd.DataFrame(rows).to_csv(buffer, index=False)
-    return buffer.getvalue()

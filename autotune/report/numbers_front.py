@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from autotune.decide import Point
+from autotune.decide import Point, configuration
 from autotune.search.problem import Candidate
 
 if TYPE_CHECKING:
@@ -76,19 +76,22 @@ def _mean_interval(sums: Sequence[float], tokens: Sequence[float]) -> dict[str, 
 
 
 def prediction(result: Result) -> dict[str, Any] | None:
-    """Predicted against measured saving over dense, the only fair test: a constant makes totals easy."""
-    if result.end_to_end is None or not result.points or result.problem is None:
+    """Predicted against measured saving over dense, the only fair test: a constant makes totals easy.
+
+    The latency model is fitted to the uniform configurations of the very run that measured the points, so that drift of
+    the machine between two runs is not taken for its error; uniform points are left out, as they were fitted.
+    """
+    if result.end_to_end is None or result.refit is None or result.problem is None:
         return None
-    dense_us = result.problem.latency_us(result.problem.dense)
-    points = [
-        {
-            "name": point.name,
-            "predicted_saving_ms": (dense_us - point.candidate.latency_us) / 1e3,
-            "measured_saving_ms": asdict(result.end_to_end.saving_ms(point.name)),
-        }
-        for point in result.points
-        if point.name != "dense"
-    ]
+    session = result.session
+    points = []
+    for point in result.points:
+        if point.name == "dense" or _uniform(result, point.candidate):
+            continue
+        chosen = configuration(result.problem, point.candidate.genotype)
+        saving_us = result.refit.saving_us(result.table, session.spec, chosen, session.workload)
+        measured = asdict(result.end_to_end.saving_ms(point.name))
+        points.append({"name": point.name, "predicted_saving_ms": saving_us / 1e3, "measured_saving_ms": measured})
     return {"points": points, **judge_prediction(points, result.end_to_end.noisy)}
 
 
