@@ -216,9 +216,16 @@ def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]
     others = [c for c in _along(front, session) if c not in finalists and c.genotype != problem.dense]
     others = _evenly(others, max(0, config.measured_points - len(finalists)))
     chosen = sorted([*finalists, *others], key=lambda c: c.latency_us)
-    return [
-        Point("dense" if c.genotype == problem.dense else f"point {n}", c, c in finalists) for n, c in enumerate(chosen)
-    ]
+    return [Point(_point_name(problem, c, n), c, c in finalists) for n, c in enumerate(chosen)]
+
+
+def _point_name(problem: Problem, candidate: Candidate, number: int) -> str:
+    """ "dense" and "uniform SCHEME" where that is what it is, else "point N"."""
+    if candidate.genotype == problem.dense:
+        return "dense"
+    names = {option.scheme for option in problem.chosen(candidate.genotype)}
+    uniform = next((name for name in sorted(names) if problem.uniform(name) == candidate.genotype), None)
+    return f"uniform {uniform}" if uniform else f"point {number}"
 
 
 def _along(front: Front, session: Session) -> list[Candidate]:
@@ -302,7 +309,7 @@ def measure_points(session: Session, problem: Problem, points: Sequence[Point], 
         "endtoend",
         [list(map(list, configurations.items())), _kernels_key(problem), str(session.workload)],
         lambda: verify.measure(
-            cast(SwitchableModel, models.runnable), configurations, session.workload, 25.0, progress
+            cast(SwitchableModel, models.runnable), configurations, session.workload, 40.0, progress
         ),
         EndToEnd.to_json,
         EndToEnd.from_json,

@@ -82,13 +82,14 @@ def fit(
     result: EndToEnd, table: LatencyTable, spec: ModelSpec, available: Available, workload: Workload
 ) -> Calibration:
     """Rest and factors from a run that holds the uniform configurations by their names."""
-    rest_us = result.of("zeros").latency_ms.median * 1e3
     dense_us = {group.name: isolated_us(table, group, spec.dtype, workload) for group in spec.groups}
-    dense_total = result.of("dense").latency_ms.median * 1e3 - rest_us
-    factors = {spec.dtype: max(0.0, dense_total) / sum(dense_us.values())}
+    linear_us = result.saving_ms("zeros").median * 1e3  # of all groups, dense
+    factors = {spec.dtype: max(0.0, linear_us) / sum(dense_us.values())}
     for name in sorted({name for schemes in available.values() for name in schemes} - {spec.dtype}):
         changed = [group for group in spec.groups if name in available[group.name]]
-        kept_us = factors[spec.dtype] * sum(dense_us[g.name] for g in spec.groups if g not in changed)
-        linear_us = result.of(f"uniform {name}").latency_ms.median * 1e3 - rest_us - kept_us
-        factors[name] = max(0.0, linear_us) / sum(isolated_us(table, group, name, workload) for group in changed)
+        before_us = factors[spec.dtype] * sum(dense_us[group.name] for group in changed)
+        # Savings are paired by round, so that drift of the machine within the run cancels.
+        after_us = before_us - result.saving_ms(f"uniform {name}").median * 1e3
+        factors[name] = max(0.0, after_us) / sum(isolated_us(table, group, name, workload) for group in changed)
+    rest_us = max(0.0, result.of("dense").latency_ms.median * 1e3 - linear_us)
     return Calibration(rest_us, factors, result)

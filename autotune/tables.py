@@ -120,7 +120,7 @@ def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable,
     def compute() -> Calibration:
         assert models.runnable is not None
         progress = session.progress("calibrate")
-        return calibrate_model(models.runnable, table, available, session.workload, 20.0, progress)
+        return calibrate_model(models.runnable, table, available, session.workload, 15.0, progress)
 
     return session.folder.json_stage(
         "calibration", [table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json

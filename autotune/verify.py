@@ -16,8 +16,8 @@ import numpy as np
 from autotune.search_space.workload import Workload
 from autotune.switchable import SwitchableModel
 
-DECODE_STEPS = 8  # timed steps a round; a workload's generated tokens are this step's time multiplied
-MIN_ROUNDS, MAX_ROUNDS = 7, 40
+DECODE_STEPS = 16  # timed steps a round; a workload's generated tokens are this step's time multiplied
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def measure(
     """Time configurations (name -> group -> scheme; "dense" must be one of them) in interleaved rounds.
 
     Args:
-        seconds: about how long to measure; the number of rounds follows, between 7 and 40.
+        seconds: about how long to measure; the number of rounds follows, between 7 and 60.
     """
     names = list(configurations)
     start = time.perf_counter()

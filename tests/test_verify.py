@@ -1,0 +1,147 @@
+"""End-to-end arithmetic: intervals, paired savings, and the fit of the rest and one factor a scheme."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune import verify
+from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
+from autotune.search_space.workload import parse
+from autotune.verify import MAX_ROUNDS, MIN_ROUNDS, EndToEnd, Interval, Run, calibrate, interval, measure, uniform
+
+GROUPS = tuple(LayerGroup(f"{n}", "o", n, (Linear(f"{n}", f"{n}", 64, 64, False),)) for n in range(3))
+SPEC = ModelSpec("m", "M", "causal-lm", "fp32", None, GROUPS, (), False)
+WORKLOAD = parse("1,8,4")
+REST_US = 70.0
+
+
+class Clock:
+    """Stands in for a model on its kernels: time is arithmetic, and `slow` rounds are slow for everyone."""
+
+    spec = SPEC
+
+    def __init__(self, cost, slow=()):
+        self.cost, self.slow, self.calls = cost, set(slow), []
+        self.configuration = {}
+
+    def select(self, configuration):
+        self.configuration = configuration
+        self.calls.append(configuration)
+
+    def time_request(self, batch, prompt, steps):
+        groups = sum(self.cost[self.configuration.get(group.name, "fp32")] for group in GROUPS)
+        factor = 2.0 if len(self.calls) in self.slow else 1.0
+        total = (REST_US + groups) * 1e-6 * factor
+        return 0.2 * total, 0.8 * total / 4  # prefill, and one of the four decode steps
+
+
+COST = {"fp32": 100.0, "w8a16-int8": 60.0, "w4a16-int4-g32": 40.0, "zeros": 0.0}
+AVAILABLE = {"0": ["fp32", "w8a16-int8"], "1": ["fp32", "w8a16-int8", "w4a16-int4-g32"], "2": ["fp32"]}
+
+
+@pytest.fixture
+def table():
+    space = tiny.space_of(SPEC)
+    return tiny.fake_profile(SPEC, space, tiny.here(), WORKLOAD)
+
+
+def test_the_fit_returns_the_numbers_that_made_the_times(table):
+    """factor x isolated time = the time in the model, rest = what is left without linears."""
+    fitted = calibrate(Clock(COST), table, AVAILABLE, WORKLOAD, 1e-9)
+    assert fitted.rest_us == pytest.approx(REST_US)
+    for name in ("fp32", "w8a16-int8", "w4a16-int4-g32"):
+        assert fitted.group_us(table, GROUPS[0], name, WORKLOAD) == pytest.approx(COST[name], rel=1e-6)
+
+
+def test_predictions_add_up_to_what_a_mix_takes(table):
+    fitted = calibrate(Clock(COST), table, AVAILABLE, WORKLOAD, 1e-9)
+    mix = {"0": "w8a16-int8", "1": "w4a16-int4-g32"}
+    predicted = fitted.rest_us + sum(fitted.group_us(table, g, mix.get(g.name, "fp32"), WORKLOAD) for g in GROUPS)
+    measured = measure(Clock(COST), {"dense": {}, "mix": mix}, WORKLOAD, 1e-9).of("mix").latency_ms.median
+    assert predicted / 1e3 == pytest.approx(measured)
+
+
+def test_a_scheme_that_costs_less_than_nothing_is_set_to_nothing(table):
+    assert calibrate(Clock(COST | {"w8a16-int8": -500.0}), table, AVAILABLE, WORKLOAD, 1e-9).factors["w8a16-int8"] == 0
+
+
+def test_uniform_means_wherever_it_is_offered():
+    assert uniform(SPEC, AVAILABLE, "w4a16-int4-g32") == {"1": "w4a16-int4-g32"}
+
+
+def test_configurations_take_turns():
+    clock = Clock(COST)
+    configurations = {"dense": {}, "a": {"0": "w8a16-int8"}, "b": {"1": "w8a16-int8"}}
+    result = measure(clock, configurations, WORKLOAD, 1e-9)
+    assert {len(run.rounds_ms) for run in result.runs} == {MIN_ROUNDS}
+    rounds = [clock.calls[start : start + 3] for start in range(3, len(clock.calls), 3)]  # the first is the warm-up
+    assert all(sorted(map(str, turn)) == sorted(map(str, configurations.values())) for turn in rounds)
+    assert len({str(turn[0]) for turn in rounds}) == 3  # none is always first
+
+
+def test_rounds_are_bounded():
+    assert len(measure(Clock(COST), {"dense": {}}, WORKLOAD, 1e9).runs[0].rounds_ms) == MAX_ROUNDS
+
+
+def test_a_few_disturbed_rounds_do_not_move_the_median():
+    quiet = measure(Clock(COST), {"dense": {}}, WORKLOAD, 1e-9).runs[0].latency_ms.median
+    disturbed = measure(Clock(COST, slow=(3, 5)), {"dense": {}}, WORKLOAD, 1e-9).runs[0].latency_ms.median
+    assert disturbed == quiet
+
+
+def test_noise_is_said():
+    assert measure(Clock(COST), {"dense": {}}, WORKLOAD, 1e-9).noisy == ""
+    assert "dense" in measure(Clock(COST, slow=(2, 4, 6, 8)), {"dense": {}}, WORKLOAD, 1e-9).noisy
+
+
+def test_a_mix_of_requests_is_weighed():
+    class Fixed(Clock):
+        def time_request(self, batch, prompt, steps):
+            assert steps == min(verify.DECODE_STEPS, 20 if batch == 1 else 0)
+            return (1e-3, 2e-3) if batch == 1 else (8e-3, 0.0)
+
+    run = measure(Fixed(COST), {"dense": {}}, parse("3*1,8,20+1*2,8,0"), 1e-9).runs[0]
+    assert run.latency_ms.median == pytest.approx(0.75 * (1 + 20 * 2) + 0.25 * 8)
+    assert run.prefill_ms.median == pytest.approx(0.75 * 1 + 0.25 * 8)
+
+
+def made(**rounds):
+    same = Interval(1.0, 1.0, 1.0)
+    return EndToEnd(tuple(Run(name, same, same, same, tuple(values)) for name, values in rounds.items()), "")
+
+
+def test_savings_are_paired_by_round():
+    """Drift hits both alike: the saving is sharp where the times are not."""
+    drift = np.linspace(10, 20, 20)
+    saving = made(dense=drift, fast=drift - 1).saving_ms("fast")
+    assert (saving.low, saving.median, saving.high) == pytest.approx((1, 1, 1))
+    assert made(dense=drift, fast=drift / 2).speedup("fast").median == pytest.approx(2)
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=3, max_size=30))
+def test_an_interval_holds_its_median_and_is_within_the_samples(samples):
+    found = interval(np.array(samples))
+    assert min(samples) <= found.low <= found.median <= found.high <= max(samples)
+    assert interval(np.array(samples)) == found
+
+
+def test_intervals_cover():
+    generator = np.random.default_rng(0)
+    found = [interval(generator.normal(10, 1, 25), resamples=200) for _ in range(300)]
+    assert 0.88 <= np.mean([item.low <= 10 <= item.high for item in found]) <= 0.99
+
+
+def test_results_survive_json():
+    result = measure(Clock(COST), {"dense": {}, "a": {"0": "w8a16-int8"}}, WORKLOAD, 1e-9)
+    assert EndToEnd.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_the_flat_table_has_a_row_a_run():
+    text = verify.rows_csv(measure(Clock(COST), {"dense": {}, "a": {}}, WORKLOAD, 1e-9))
+    assert [line.split(",")[0] for line in text.splitlines()] == ["name", "dense", "a"]
