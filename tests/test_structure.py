@@ -29,7 +29,7 @@ LAYERS = (
     ("compress",),
     ("reference_model", "teacher", "score"),
     ("runtime", "switchable"),
-    ("verify", "models"),
+    ("verify", "latency_model", "models"),
     ("tables", "decide", "result", "planning"),
     ("export", "report"),
     ("tune", "choosing", "cleaning", "doctor", "dry_run"),

@@ -1,4 +1,4 @@
-"""End-to-end arithmetic: intervals, paired savings, and the fit of the rest and one factor a scheme."""
+"""End-to-end runs: interleaved rounds, medians with intervals, savings paired by round."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import verify
 from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
 from autotune.search_space.workload import parse
-from autotune.verify import MAX_ROUNDS, MIN_ROUNDS, EndToEnd, Interval, Run, calibrate, interval, measure, uniform
+from autotune.verify import MAX_ROUNDS, MIN_ROUNDS, EndToEnd, Interval, Run, interval, measure
 
 GROUPS = tuple(LayerGroup(f"{n}", "o", n, (Linear(f"{n}", f"{n}", 64, 64, False),)) for n in range(3))
 SPEC = ModelSpec("m", "M", "causal-lm", "fp32", None, GROUPS, (), False)
@@ -42,37 +41,6 @@ class Clock:
 
 
 COST = {"fp32": 100.0, "w8a16-int8": 60.0, "w4a16-int4-g32": 40.0, "zeros": 0.0}
-AVAILABLE = {"0": ["fp32", "w8a16-int8"], "1": ["fp32", "w8a16-int8", "w4a16-int4-g32"], "2": ["fp32"]}
-
-
-@pytest.fixture
-def table():
-    space = tiny.space_of(SPEC)
-    return tiny.fake_profile(SPEC, space, tiny.here(), WORKLOAD)
-
-
-def test_the_fit_returns_the_numbers_that_made_the_times(table):
-    """factor x isolated time = the time in the model, rest = what is left without linears."""
-    fitted = calibrate(Clock(COST), table, AVAILABLE, WORKLOAD, 1e-9)
-    assert fitted.rest_us == pytest.approx(REST_US)
-    for name in ("fp32", "w8a16-int8", "w4a16-int4-g32"):
-        assert fitted.group_us(table, GROUPS[0], name, WORKLOAD) == pytest.approx(COST[name], rel=1e-6)
-
-
-def test_predictions_add_up_to_what_a_mix_takes(table):
-    fitted = calibrate(Clock(COST), table, AVAILABLE, WORKLOAD, 1e-9)
-    mix = {"0": "w8a16-int8", "1": "w4a16-int4-g32"}
-    predicted = fitted.rest_us + sum(fitted.group_us(table, g, mix.get(g.name, "fp32"), WORKLOAD) for g in GROUPS)
-    measured = measure(Clock(COST), {"dense": {}, "mix": mix}, WORKLOAD, 1e-9).of("mix").latency_ms.median
-    assert predicted / 1e3 == pytest.approx(measured)
-
-
-def test_a_scheme_that_costs_less_than_nothing_is_set_to_nothing(table):
-    assert calibrate(Clock(COST | {"w8a16-int8": -500.0}), table, AVAILABLE, WORKLOAD, 1e-9).factors["w8a16-int8"] == 0
-
-
-def test_uniform_means_wherever_it_is_offered():
-    assert uniform(SPEC, AVAILABLE, "w4a16-int4-g32") == {"1": "w4a16-int4-g32"}
 
 
 def test_configurations_take_turns():

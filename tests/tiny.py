@@ -107,12 +107,13 @@ def fake_measure(model, configurations, workload, seconds=20.0, progress=None):
 @contextlib.contextmanager
 def faked(monkeypatch):
     """A run of the whole loop that measures nothing: the machine is `here()`, its latencies are arithmetic."""
-    from autotune import session, verify
+    from autotune import latency_model, session, verify
     from autotune.profilers import latency
 
     monkeypatch.setattr(session, "resolve_target", lambda name: (here(), True))
     monkeypatch.setattr(latency, "profile", fake_profile)
     monkeypatch.setattr(verify, "measure", fake_measure)
+    monkeypatch.setattr(latency_model, "measure", fake_measure)
     yield
 
 

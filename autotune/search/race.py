@@ -9,6 +9,7 @@ The test prunes; it is no claim, so a wrongly dropped move costs an opportunity 
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 import numpy as np
 from scipy.stats import t as student
@@ -30,12 +31,14 @@ def refine(ledger: Ledger, decode: Decoder, evaluations: float, seed: int) -> No
     """Race moves until the evaluations are spent or nothing new is proposed."""
     end = ledger.spent + evaluations
     turn = idle = 0
-    while ledger.spent < end and idle < NEAREST:
+    tried: set[Genotype] = set()  # a move that lost a race is not proposed again: that would cost nothing, for ever
+    while ledger.spent < end:
         targets = focus(pareto_candidates(ledger.candidates.values()), ledger.budget)
-        if not targets:
+        if idle >= max(NEAREST, len(targets)) or not targets:
             return
         incumbent = targets[turn % len(targets)]
-        arms = propose(ledger, decode, incumbent, seed, turn)
+        arms = propose(ledger, decode, incumbent, seed, turn, tried)
+        tried.update(arms)
         idle = 0 if arms else idle + 1
         for genotype in race(ledger, incumbent.genotype, arms):
             if ledger.spent >= end:
@@ -61,7 +64,9 @@ def focus(front: list[Candidate], budget: Budget) -> list[Candidate]:
     return sorted(lossy, key=distance)[:NEAREST]
 
 
-def propose(ledger: Ledger, decode: Decoder, incumbent: Candidate, seed: int, turn: int) -> list[Genotype]:
+def propose(
+    ledger: Ledger, decode: Decoder, incumbent: Candidate, seed: int, turn: int, tried: Set[Genotype] = frozenset()
+) -> list[Genotype]:
     """Up to ARMS new genotypes: the best move by the fitted table, then the best by each posterior draw."""
     measured = list(ledger.candidates.values())
     fitted = fit(decode.table, [item.genotype for item in measured], [item.evaluation.kl_nats for item in measured])
@@ -72,7 +77,8 @@ def propose(ledger: Ledger, decode: Decoder, incumbent: Candidate, seed: int, tu
         losses = fitted.losses if arm == 0 else fitted.draw(random)
         for genotype in moves(losses, decode.latency, incumbent.genotype):
             fits_bytes = room is None or ledger.problem.weight_bytes(genotype) <= room
-            if fits_bytes and genotype not in ledger.candidates and genotype not in arms:
+            known = genotype in ledger.candidates or genotype in tried or genotype in arms
+            if fits_bytes and not known:
                 arms.append(genotype)
                 break
     return arms
