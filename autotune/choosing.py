@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from autotune import decide, planning, tables
@@ -42,6 +43,9 @@ def choose_point(
     with locked(run):
         result = _reload(RunFolder(run), config)
         chosen = _point(result, point) if point is not None else _fastest(result, max_loss, max_memory_bytes)
+        asked = {"max_loss": max_loss, "max_memory_bytes": max_memory_bytes}
+        limits = {key: value for key, value in asked.items() if value is not None}
+        result.session = replace(result.session, config=config.model_copy(update=limits))  # the plan states its budget
         plan = planning.build_plan(result, chosen)
         name = f"point-{point}" if point is not None else f"loss-{max_loss}-memory-{max_memory_bytes}"
         path = run / f"plan-{name}.json"
@@ -73,7 +77,7 @@ def _point(result: Result, number: int) -> Point:
     for point in result.points:
         if point.name == f"point {number}":
             return point
-    known = ", ".join(point.name.removeprefix("point ") for point in result.points)
+    known = ", ".join(p.name.removeprefix("point ") for p in result.points if p.name.startswith("point "))
     raise InputError("plan.point", f"the front has no point {number}.", f"It has {known}.")
 
 
@@ -95,10 +99,7 @@ def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | Non
 
 def _limit(session: Session, max_loss: float) -> float:
     """The search limit another budget would have: the same margin for certification."""
-    config = session.config.model_copy(update={"max_loss": max_loss})
-    return Session(
-        session.folder, config, session.opened, session.target, session.local, session.workload, session.report
-    ).search_limit
+    return replace(session, config=session.config.model_copy(update={"max_loss": max_loss})).search_limit
 
 
 def _statement(result: Result, point: Point) -> str:
@@ -112,7 +113,7 @@ def _statement(result: Result, point: Point) -> str:
 
 
 def _certificate(result: Result, point: Point) -> Certificate | None:
-    """A certificate the finished run has for this very configuration and budget."""
+    """A certificate the finished run has for this very configuration, if it also holds for the budget asked for."""
     assert result.problem is not None
     file = result.session.folder.path / "certificates.json"
     if not file.is_file() or not point.finalist:
@@ -121,5 +122,6 @@ def _certificate(result: Result, point: Point) -> Certificate | None:
     wanted = configuration(result.problem, point.candidate.genotype)
     for tested, value in zip(order, read_json(file, "run"), strict=False):
         if configuration(result.problem, tested.candidate.genotype) == wanted:
-            return decode_certificate(value)
+            found = decode_certificate(value)
+            return found if found.state != "certified" or found.loss.upper <= result.session.limit else None
     return None

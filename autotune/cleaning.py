@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from autotune.errors import UsageError
+from autotune.errors import InputError, UsageError
 from autotune.store import locked, user_folder
 
 _RUN_PARTS = ("database", "evaluations.sqlite", "evaluations.sqlite-wal", "evaluations.sqlite-shm")
@@ -16,12 +16,17 @@ def clean(run: Path | None, measurements: bool) -> list[tuple[Path, int]]:
 
     Raises:
         UsageError: `clean.nothing` when neither is named.
+        InputError: `config.missing` when the folder is not a run's.
         BusyError: `store.locked` when the run is going on.
     """
     if run is None and not measurements:
         raise UsageError("clean.nothing", "nothing was named.", "Give a run folder, or --measurements.")
     removed = []
     if run is not None:
+        if not (run / "config.yaml").is_file():
+            raise InputError(
+                "config.missing", f"{run} is not the folder of a run.", "Give one made by `autotune tune`."
+            )
         with locked(run):
             removed += [_remove(run / name) for name in _RUN_PARTS if (run / name).exists()]
     if measurements:

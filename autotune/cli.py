@@ -259,7 +259,11 @@ def clean(
 def main() -> None:
     """Entry point: errors become one line and their exit code."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        if status:
+            sys.exit(status)
     except AutotuneError as error:
         _fail(error)
     except KeyboardInterrupt:

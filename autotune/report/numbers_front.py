@@ -96,14 +96,35 @@ def prediction(result: Result) -> dict[str, Any] | None:
 
 
 def judge_prediction(points: Sequence[Mapping[str, Any]], noisy: str) -> dict[str, Any]:
-    """Median relative error of the saving, rank correlation, and a verdict in words."""
-    predicted = np.array([point["predicted_saving_ms"] for point in points])
-    measured = np.array([point["measured_saving_ms"]["median"] for point in points])
+    """Median relative error of the saving, rank correlation, and a verdict in words.
+
+    Ranks are compared among points that the measurement can tell apart: many good configurations lie closer together
+    than its own interval, and their order would be the order of noise.
+    """
     if len(points) < 3:
         return {"median_error": None, "spearman": None, "verdict": "too few points to judge"}
-    error = float(np.median(np.abs(predicted - measured) / np.maximum(np.abs(measured), 1e-9)))
-    distinct = len(set(predicted)) > 1 and len(set(measured)) > 1
+    errors = [
+        abs(p["predicted_saving_ms"] - p["measured_saving_ms"]["median"])
+        / max(abs(p["measured_saving_ms"]["median"]), 1e-9)
+        for p in points
+    ]
+    error = float(np.median(errors))
+    apart = _apart(points)
+    predicted = [point["predicted_saving_ms"] for point in apart]
+    measured = [point["measured_saving_ms"]["median"] for point in apart]
+    distinct = len(apart) > 2 and len(set(measured)) > 1
     spearman = float(stats.spearmanr(predicted, measured).statistic) if distinct else None
     good = error <= 0.15 and spearman is not None and spearman >= 0.9
     verdict = "predicted savings hold" if good else noisy or "predicted savings are off: trust the measured ones"
     return {"median_error": error, "spearman": spearman, "verdict": verdict}
+
+
+def _apart(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Points whose predicted savings differ by at least the median half-width of the measured intervals."""
+    intervals = [point["measured_saving_ms"] for point in points]
+    resolution = float(np.median([(item["high"] - item["low"]) / 2 for item in intervals]))
+    kept: list[Mapping[str, Any]] = []
+    for point in sorted(points, key=lambda item: float(item["predicted_saving_ms"])):
+        if not kept or point["predicted_saving_ms"] - kept[-1]["predicted_saving_ms"] >= resolution:
+            kept.append(point)
+    return kept
