@@ -23,8 +23,10 @@ Rows written by `--json` (a list with one object):
     dense_prefill_ms, dense_decode_ms, plan_prefill_ms, plan_decode_ms    medians end to end; decode is one step
     dense_ms, plan_ms                the whole workload
     speedup, speedup_low, speedup_high    dense over plan, paired by round, with a 95% interval
-    predicted_saving_ms, measured_saving_ms, saving_error    of the plan over dense; |predicted / measured - 1|
-    median_error, spearman           the same over all points that were measured; null when there are fewer than three
+    predicted_saving_ms, measured_saving_ms, saving_error    of the plan over dense; |predicted / measured - 1|; the
+                                     prediction is the plan's own, made before anything was run end to end but uniform
+                                     schemes
+    median_error, spearman           the report's, over all points that were measured; null when they are too few
     schemes                          scheme -> number of layer groups
     kernel_rows, noisy_rows          latencies in the table, and how many of them are noisy
     checks                           name -> whether this part of the floor holds
@@ -50,7 +52,9 @@ from make_random import make
 
 from autotune.config import RunConfig
 from autotune.errors import AutotuneError
+from autotune.plan import Plan
 from autotune.profilers.table import LatencyTable
+from autotune.verify import EndToEnd
 
 SHAPES = Path(__file__).parent / "shapes"
 MOST_SECONDS, MOST_GIB, LEAST_SPEEDUP, MOST_ERROR = 15 * 60, 12.0, 1.8, 0.15
@@ -121,13 +125,16 @@ def run(config: RunConfig, minutes: float) -> tuple[float, float, float]:
     environment = os.environ | {"AUTOTUNE_HOME": str(Path(config.out).with_name("home"))}
     start = time.monotonic()
     child = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
     try:
         with TreeMemory(child.pid) as memory:
             code = child.wait(minutes * 60)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
-        raise SystemExit(f"stopped after {time.monotonic() - start:.0f} s: {type(error).__name__}") from error
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"stopped after {time.monotonic() - start:.0f} s") from error
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
     if code:
         raise SystemExit(f"the loop ended with exit code {code} after {time.monotonic() - start:.0f} s")
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -159,11 +166,12 @@ def row(config: RunConfig, shape: str, load_before: float, measured: tuple[float
     folder = Path(config.out)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     table = LatencyTable.from_csv(folder / "latency.csv")
-    prediction = report["prediction"] or {"points": [], "median_error": None, "spearman": None}
+    prediction = report["prediction"] or {"median_error": None, "spearman": None}
     chosen = next(item["name"] for item in report["front"] if item["chosen"])
-    saving = next((point for point in prediction["points"] if point["name"] == chosen), None)
-    predicted = saving["predicted_saving_ms"] if saving else 0.0
-    saved = saving["measured_saving_ms"]["median"] if saving else 0.0
+    said = Plan.load(folder / "plan.json").prediction
+    predicted = (said.dense_latency_us - said.latency_us) / 1e3
+    runs = EndToEnd.from_json(json.loads((folder / "endtoend.json").read_text(encoding="utf-8")))
+    saved = runs.saving_ms(chosen).median
     speedup = report["plan"]["speedup"]
     wall, tree, largest = measured
     value = {

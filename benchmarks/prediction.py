@@ -8,18 +8,21 @@ Configurations are spread evenly over the predicted latencies of the front; unif
 calibration has seen them. Where the front holds fewer (after `--latency-only`), random mixes of the fastest
 configuration and dense fill the gaps. All take turns round by round in one run.
 
+Two predictions: the run's own, from the calibration it made earlier, and `refit`, the same model fitted to the uniform
+schemes of this very run, which drift of the machine between two runs does not enter.
+
 Written by `--json` (one object):
     run, model, target, workload    what was measured
     load_before, load_after         load average over a minute
     noisy                           why the numbers should not be trusted, or ""
     dense_ms                        measured, the whole workload
-    median_error                    median over rows of |predicted / measured - 1| of the saving
-    spearman                        rank correlation of predicted and measured saving
+    median_error, spearman          median over rows of |predicted / measured - 1| of the saving; rank correlation
+    refit_median_error, refit_spearman    the same for `refit`
     rows                            a list of objects, one per configuration:
         name, source                its place from fast to slow, and where it comes from ("front", "mix")
-        predicted_saving_ms
+        predicted_saving_ms, refit_saving_ms
         measured_saving_ms          {median, low, high}: paired by round, 95%
-        error                       |predicted / measured - 1| of the saving
+        error, refit_error          |predicted / measured - 1| of the saving
         schemes                     scheme -> number of layer groups
 """
 
@@ -39,10 +42,12 @@ from scipy import stats
 from autotune import verify
 from autotune.config import RunConfig
 from autotune.decide import configuration
+from autotune.latency_model import fit, uniform_configurations
 from autotune.models import Models
 from autotune.result import Result
 from autotune.search.problem import Genotype, Problem
 from autotune.switchable import SwitchableModel
+from autotune.tables import available_schemes
 from autotune.tune import tune
 
 DENSE = "dense"
@@ -84,61 +89,72 @@ def mixes(problem: Problem, count: int) -> list[Genotype]:
 
 
 def measure(result: Result, chosen: list[Chosen], seconds: float) -> verify.EndToEnd:
-    """Dense and every configuration in one interleaved run; configurations are named by their place."""
+    """Dense, uniform schemes and every configuration, named by its place, in one interleaved run."""
     models = Models(result.session, result.space, result.table)
     models.database = result.database
     runnable = models.runnable
     if not isinstance(runnable, SwitchableModel) or result.problem is None:
         raise SystemExit(f"the run's target is {result.session.target.name}, which is not this machine")
     wanted = {str(place): configuration(result.problem, item.genotype) for place, item in enumerate(chosen, 1)}
-    return verify.measure(runnable, {DENSE: {}, **wanted}, result.session.workload, seconds)
+    known = uniform_configurations(result.session.spec, available_schemes(result.space, result.session))
+    return verify.measure(runnable, known | wanted, result.session.workload, seconds)
 
 
 def compare(result: Result, chosen: list[Chosen], measured: verify.EndToEnd) -> list[dict[str, Any]]:
     problem = result.problem
     assert problem is not None
+    session = result.session
+    available = available_schemes(result.space, session)
+    refit = fit(measured, result.table, session.spec, available, session.workload)
     rows = []
     for place, item in enumerate(chosen, 1):
         predicted = (problem.latency_us(problem.dense) - problem.latency_us(item.genotype)) / 1e3
+        names = configuration(problem, item.genotype)
+        fitted = refit.saving_us(result.table, session.spec, names, session.workload) / 1e3
         saving = measured.saving_ms(str(place), DENSE)
         rows.append(
             {
                 "name": str(place),
                 "source": item.source,
                 "predicted_saving_ms": predicted,
+                "refit_saving_ms": fitted,
                 "measured_saving_ms": asdict(saving),
                 "error": abs(predicted / saving.median - 1) if saving.median else None,
-                "schemes": dict(Counter(configuration(problem, item.genotype).values())),
+                "refit_error": abs(fitted / saving.median - 1) if saving.median else None,
+                "schemes": dict(Counter(names.values())),
             }
         )
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    errors = [item["error"] for item in rows if item["error"] is not None]
-    predicted = [item["predicted_saving_ms"] for item in rows]
+def summary(rows: list[dict[str, Any]], prefix: str = "") -> dict[str, float | None]:
+    """`prefix`: "" for the run's own prediction, "refit_" for the other."""
+    errors = [item[f"{prefix}error"] for item in rows if item[f"{prefix}error"] is not None]
+    predicted = [item[f"{prefix or 'predicted_'}saving_ms"] for item in rows]
     measured = [item["measured_saving_ms"]["median"] for item in rows]
     ranked = len(rows) >= 3 and len(set(predicted)) > 1 and len(set(measured)) > 1
     return {
-        "median_error": float(np.median(errors)) if errors else None,
-        "spearman": float(stats.spearmanr(predicted, measured).statistic) if ranked else None,
+        f"{prefix}median_error": float(np.median(errors)) if errors else None,
+        f"{prefix}spearman": float(stats.spearmanr(predicted, measured).statistic) if ranked else None,
     }
 
 
 def table(value: dict[str, Any]) -> str:
-    lines = [["#", "from", "predicted saving", "measured saving", "95%", "error", "schemes"]]
+    lines = [["#", "from", "predicted", "refit", "measured saving", "95%", "error", "refit", "schemes"]]
     for item in value["rows"]:
         saving = item["measured_saving_ms"]
         schemes = ", ".join(f"{count} x {name}" for name, count in sorted(item["schemes"].items()))
-        error = "-" if item["error"] is None else f"{item['error']:.1%}"
+        errors = ["-" if item[key] is None else f"{item[key]:.1%}" for key in ("error", "refit_error")]
         spread = f"{saving['low']:.2f} to {saving['high']:.2f}"
-        cells = [f"{item['predicted_saving_ms']:.2f} ms", f"{saving['median']:.2f} ms", spread, error, schemes]
+        times = (item["predicted_saving_ms"], item["refit_saving_ms"], saving["median"])
+        cells = [*(f"{time:.2f} ms" for time in times), spread, *errors, schemes]
         lines.append([item["name"], item["source"], *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    error, rank = value["median_error"], value["spearman"]
-    found = "none" if error is None else f"{error:.1%}"
-    text.append(f"median error of the saving {found}, Spearman {'none' if rank is None else f'{rank:.3f}'}")
+    for prefix, name in (("", "predicted"), ("refit_", "refit")):
+        error, rank = value[f"{prefix}median_error"], value[f"{prefix}spearman"]
+        found = "none" if error is None else f"{error:.1%}"
+        text.append(f"{name}: median error of the saving {found}, Spearman {'none' if rank is None else f'{rank:.3f}'}")
     text.append(
         f"dense {value['dense_ms']:.2f} ms; load {value['load_before']:.1f} before, {value['load_after']:.1f} after"
     )
@@ -168,6 +184,7 @@ def main() -> None:
         "noisy": measured.noisy,
         "dense_ms": measured.of(DENSE).latency_ms.median,
         **summary(rows),
+        **summary(rows, "refit_"),
         "rows": rows,
     }
     print(table(value))
