@@ -315,7 +315,9 @@ def _finish(result: Result) -> None:
 
     assert result.report is not None and result.chosen is not None
     folder = result.session.folder.path
-    print_summary(result.report, console, f"open {folder}/report.html, or in Python: autotune.load('{folder}/model')")
+    saved = folder / "model"
+    then = f", or in Python: autotune.load('{saved}')" if saved.is_dir() else ""
+    print_summary(result.report, console, f"open {folder}/report.html{then}")
     state = result.report["plan"]["certified"]
     if state in ("not_certified", "violated"):
         hint = f"Give more --data, or a larger --max-loss; plan and report are in {folder}."

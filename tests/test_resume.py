@@ -42,6 +42,11 @@ class Runs:
     def plan(self, name: str) -> bytes:
         return (self.home / name / "plan.json").read_bytes()
 
+    def front(self, name: str) -> dict:
+        """Everything the search measured, in its order; only the time it spent may differ."""
+        value = json.loads((self.home / name / "front.json").read_text())
+        return value | {"sampler_seconds": 0}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -61,6 +66,7 @@ def test_the_plan_is_not_trivial(runs):
 def test_a_second_run_gives_the_same_bytes(runs):
     assert runs("second")[0] == 0
     assert runs.plan("second") == runs.plan("whole")
+    assert runs.front("second") == runs.front("whole")
 
 
 def test_a_finished_run_does_nothing_again(runs):
@@ -79,6 +85,7 @@ def check_killed(runs, seed):
         assert not (runs.home / name / "model").exists() or (runs.home / name / "model" / "plan.json").exists()
         assert runs(name)[0] == 0
     assert runs.plan(name) == runs.plan("whole")
+    assert runs.front(name) == runs.front("whole")
     assert not [path for path in (runs.home / name).rglob(".*.tmp")]
     return status
 

@@ -139,6 +139,39 @@ def test_killed_at_any_call_the_next_start_finds_old_or_new_and_no_leftovers(tmp
     raise AssertionError("never succeeded")
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_content_is_on_disk_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch, kind):
+    """A loss of power cannot be tested; the order of the calls that guard against it can."""
+    write, calls, fsync, replace = WRITERS[kind][0], [], os.fsync, os.replace
+
+    def spy_fsync(handle):
+        calls.append(os.readlink(f"/proc/self/fd/{handle}"))
+        return fsync(handle)
+
+    def spy_replace(old, new):
+        calls.append("replace")
+        return replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    write(tmp_path / "x")
+    *before, named, after = calls
+    assert (named, after) == ("replace", str(tmp_path))
+    assert len(before) == (1 if kind == "file" else 3)  # the folder, the one inside, and the file
+    assert all(path.startswith(f"{tmp_path}/.x.") for path in before)
+
+
+def test_sweeping_reaches_folders_below_and_puts_back_what_was_moved_aside(tmp_path):
+    (tmp_path / "database").mkdir()
+    (tmp_path / "database" / ".a.tmp").write_text("half")
+    (tmp_path / ".model.123.tmp").mkdir()
+    (tmp_path / ".model.old.tmp").mkdir()
+    (tmp_path / ".model.old.tmp" / "file").write_text("old")
+    sweep(tmp_path)
+    assert contents(tmp_path) == {"model/file": b"old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"database", "model"}
+
+
 def test_a_folder_that_fails_to_fill_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "x") as temporary:
         (temporary / "half").write_text("half")
