@@ -127,7 +127,7 @@ def certify(
         last = [_certificate(sums[i], limit, alpha, data) for i in undecided]
         while last and last[0].state == "certified":
             passed.append(last.pop(0))
-        if not last:
+        if not last or last[0].state == "violated":  # nothing after the first failure counts
             break
     return passed + last[:1]
 
@@ -153,7 +153,12 @@ def _certificate(row: _Sums, limit: float, alpha: float, data: str) -> Certifica
     if state == "not_certified" and loss.mean < limit:
         needed = loss.tokens * ((loss.upper - loss.mean) / (limit - loss.mean)) ** 2
         more = max(1000, math.ceil((needed - loss.tokens) / 1000) * 1000)
-    return Certificate(state, data, limit, loss, kl, math.exp(nll), math.exp(nll + loss.mean), more)
+    return Certificate(state, data, limit, loss, kl, _exp(nll), _exp(nll + loss.mean), more)
+
+
+def _exp(nats: float) -> float:
+    """A perplexity; a broken model's is large, not an overflow."""
+    return math.exp(min(nats, 700.0))
 
 
 @torch.inference_mode()

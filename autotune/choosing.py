@@ -22,12 +22,12 @@ from autotune.store import locked, read_json
 
 
 def choose_point(
-    run: Path, max_loss: float | None, point: int | None, max_memory_bytes: int | None
+    run: Path, max_loss: float | None, point: int | str | None, max_memory_bytes: int | None
 ) -> tuple[Path, str]:
     """Write the plan of another point beside the first one.
 
     Args:
-        point: a number of the report's front ("point 7").
+        point: a point of the report's front: its number ("7" for "point 7") or name ("uniform w8a16-int8").
 
     Returns:
         The new plan's path, and what is known of it.
@@ -47,7 +47,7 @@ def choose_point(
         limits = {key: value for key, value in asked.items() if value is not None}
         result.session = replace(result.session, config=config.model_copy(update=limits))  # the plan states its budget
         plan = planning.build_plan(result, chosen)
-        name = f"point-{point}" if point is not None else f"loss-{max_loss}-memory-{max_memory_bytes}"
+        name = _file_name(max_loss, point, max_memory_bytes)
         path = run / f"plan-{name}.json"
         plan.save(path)
     return path, _statement(result, chosen)
@@ -73,12 +73,17 @@ def _reload(folder: RunFolder, config: RunConfig) -> Result:
     return result
 
 
-def _point(result: Result, number: int) -> Point:
+def _file_name(max_loss: float | None, point: int | str | None, max_memory_bytes: int | None) -> str:
+    parts = {"point": point, "loss": max_loss, "memory": max_memory_bytes}
+    return "-".join(f"{key}-{value}" for key, value in parts.items() if value is not None).replace(" ", "-")
+
+
+def _point(result: Result, wanted: int | str) -> Point:
     for point in result.points:
-        if point.name == f"point {number}":
+        if point.name in (f"point {wanted}", str(wanted)):
             return point
-    known = ", ".join(p.name.removeprefix("point ") for p in result.points if p.name.startswith("point "))
-    raise InputError("plan.point", f"the front has no point {number}.", f"It has {known}.")
+    known = ", ".join(point.name.removeprefix("point ") for point in result.points)
+    raise InputError("plan.point", f"the front has no point {wanted}.", f"It has {known}.")
 
 
 def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | None) -> Point:

@@ -194,7 +194,7 @@ def plan_validate(
 def plan_choose(
     run: RunArgument,
     max_loss: Annotated[str | None, typer.Option(help="Another loss budget.")] = None,
-    point: Annotated[int | None, typer.Option(help="A point of the front, by number.")] = None,
+    point: Annotated[str | None, typer.Option(help="A point of the front: its number, or its name.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Another bound on bytes.")] = None,
 ) -> None:
     """Write the plan of another point of a finished search; nothing is measured again."""
