@@ -74,12 +74,17 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, _pack_unsigned(positions.view(rows, inputs // 2), 2)
 
 
+def positions_24(positions: torch.Tensor, survivors: int) -> torch.Tensor:
+    """Positions as `compress_24` packs them to uint8 (out, survivors): where each was in its group of four, 0 to 3."""
+    return _unpack_unsigned(positions, 2, survivors).view(torch.uint8)
+
+
 def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The tensor (out, in) that `compress_24` was given."""
     rows, survivors = values.shape
     if survivors % 2 or positions.shape[1] != -(-survivors // 4):
         raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
-    index = _unpack_unsigned(positions, 2, survivors).view(rows, survivors // 2, 2).long()
+    index = positions_24(positions, survivors).view(rows, survivors // 2, 2).long()
     movable = _movable(values)
     quads = torch.zeros(rows, survivors // 2, 4, dtype=movable.dtype)
     quads.scatter_(-1, index, movable.view(rows, survivors // 2, 2))

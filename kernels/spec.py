@@ -59,7 +59,12 @@ class KernelModule(Protocol):
 
 
 _INT4 = ("w4a16-int4-g32", "w4a16-int4-g64", "w4a16-int4-g128")
+_INT4_A8 = ("w4a8-int4-g32", "w4a8-int4-g64", "w4a8-int4-g128")
+_SPARSE_INT4_A8 = ("2:4+w4a8-int4-g64", "2:4+w4a8-int4-g128")
 _TORCH = "autotune.kernels.torch."
+_CPU = "autotune.kernels.cpu."
+_FLOATS = ("bf16", "fp32")
+_NATIVE = Limits(features=("cxx", "avx2", "fma"))  # compiled here; AVX-512 VNNI where the CPU has it
 
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("torch.cpu.bf16", ("bf16",), "cpu", ("bf16",), _TORCH + "dense"),
@@ -85,6 +90,21 @@ KERNELS: tuple[KernelSpec, ...] = (
     ),
     KernelSpec("torch.cpu.w8a16", ("w8a16-int8",), "cpu", ("bf16", "fp32"), _TORCH + "w8a16", Limits(in_multiple=16)),
     KernelSpec("torch.cpu.w4a16", _INT4, "cpu", ("bf16", "fp32"), _TORCH + "w4a16", Limits(features=("avx2",))),
+    KernelSpec("cpu.w8a8", ("w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
+    KernelSpec("cpu.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec("cpu.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
+    KernelSpec("cpu.w4a16", _INT4, "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec(
+        "cpu.24.bf16",
+        ("2:4",),
+        "cpu",
+        ("bf16",),
+        _CPU + "sparse_bf16",
+        Limits(features=("cxx", "avx512bw", "avx512_bf16")),
+    ),
+    KernelSpec("cpu.24.w8a8", ("2:4+w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
+    KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
+    KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
     KernelSpec(
         "cuda.fp8",
@@ -159,8 +179,10 @@ def kernel(name: str) -> KernelSpec:
 
 def kernel_hash(spec: KernelSpec) -> str:
     """sha256 of what a measurement depends on: the kernel's source, the reference's, and torch's version."""
-    sources = [file_digest(_source(name)) for name in (spec.module, "autotune.kernels.reference")]
-    return digest([spec.name, *sources, version("torch")])
+    module = _source(spec.module)
+    native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
+    files = [module, _source("autotune.kernels.reference"), *(path for path in native if path.is_file())]
+    return digest([spec.name, *map(file_digest, files), version("torch")])
 
 
 def dense_of(weight: GroupWeight) -> torch.Tensor:

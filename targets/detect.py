@@ -11,6 +11,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -101,7 +103,7 @@ def detect_cpu(root: Path = ROOT) -> Target:
         name=f"cpu-{_slug(cpu.model)}",
         device="cpu",
         model=cpu.model,
-        features=cpu.features,
+        features=(*cpu.features, "cxx") if root == ROOT and compiler() else cpu.features,
         cores=cpu.cores,
         memory_bytes=cpu.memory_bytes,
         last_cache_bytes=last_cache,
@@ -109,6 +111,14 @@ def detect_cpu(root: Path = ROOT) -> Target:
         notes="Found on this machine. Ceilings are those of its class until measured.",
         caches=cpu.caches,
     )
+
+
+def compiler() -> str | None:
+    """The C++ compiler for native kernels (feature `cxx`): `CXX` where it is set, else the first installed."""
+    named = os.environ.get("CXX")
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
 def class_ceilings(features: tuple[str, ...], cores: int, last_cache_bytes: int) -> Ceilings:

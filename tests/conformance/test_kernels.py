@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,10 @@ from autotune.kernels.checks import GateResult, gate
 from autotune.kernels.spec import KERNELS, GroupWeight, KernelModule, Packed, kernel, kernel_hash, load
 from autotune.search_space.coverage import KernelSpec
 from autotune.search_space.schemes import scheme
+from autotune.targets.detect import detect_cpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FEATURES = detect_cpu().features
 ROWS = (1, 2, 3, 7, 16, 17, 33, 130)
 
 
@@ -37,9 +38,7 @@ def _missing(spec: KernelSpec) -> str:
     """Why a kernel cannot run here; empty when it can."""
     if spec.device == "cuda":
         return "" if torch.cuda.is_available() else "no CUDA device"
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    lacking = [name for name in spec.limits.features if name not in flags]
+    lacking = [name for name in spec.limits.features if name not in FEATURES]
     return f"this CPU lacks {', '.join(lacking)}" if lacking else ""
 
 

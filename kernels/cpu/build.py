@@ -1,0 +1,113 @@
+"""Native kernels, compiled on first use by the system's C++ compiler for this very CPU, and kept per user.
+
+The library's name holds a hash of the sources, the compiler, its flags and the CPU's features, so nothing stale is ever
+loaded; it is moved into place when complete, so two processes may build at once. It is linked to the OpenMP runtime
+that torch has loaded: two runtimes in one process would keep two pools of spinning threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from autotune.errors import DeviceError
+from autotune.store import digest, user_folder
+from autotune.targets.detect import compiler
+
+FOLDER = Path(__file__).parent
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-march=native", "-w")
+_COMPILE_SECONDS = 120
+
+
+def sources(name: str) -> list[Path]:
+    """What a library is made of: NAME.cpp and every header beside it."""
+    return [FOLDER / f"{name}.cpp", *sorted(FOLDER.glob("*.h"))]
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """The compiled NAME.cpp, built if this machine has none yet.
+
+    Raises:
+        DeviceError: `kernel.compiler` when there is no compiler or it fails, with its first error.
+    """
+    path = build(name)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise DeviceError("kernel.compiler", f"{path} does not load: {error}.", "Delete it and try again.") from error
+
+
+def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
+    """Compile unless the same sources, compiler, flags and CPU already have been; returns the library's path."""
+    found = compiler()
+    if found is None:
+        hint = "Install one (for example g++), or set CXX; kernels of torch are used meanwhile."
+        raise DeviceError("kernel.compiler", "there is no C++ compiler on this machine.", hint)
+    command = shlex.split(found)
+    openmp = openmp_runtime()
+    contents = [path.read_text(encoding="utf-8") for path in sources(name)]
+    key = digest([contents, _version(found), list(flags), _cpu_flags(), str(openmp)])
+    folder = user_folder() / "kernels"
+    target = folder / f"{name}-{key[:24]}.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = _compile(command, flags, FOLDER / f"{name}.cpp", Path(scratch), openmp)
+            os.replace(made, target)
+    return target
+
+
+def openmp_runtime() -> Path | None:
+    """The OpenMP library in this process, which torch brought; None when it cannot be seen (not Linux)."""
+    import torch  # noqa: F401 - loads it
+
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/" in line}
+    known = ("libgomp", "libiomp5", "libomp")
+    return next((Path(path) for path in sorted(loaded) if Path(path).name.startswith(known)), None)
+
+
+def _compile(command: list[str], flags: tuple[str, ...], source: Path, folder: Path, openmp: Path | None) -> Path:
+    made, library = folder / "made.o", folder / "made.so"
+    _run([*command, *flags, "-c", str(source), "-o", str(made)])
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    runtime = [str(openmp)] if openmp else ["-fopenmp"]
+    _run([*command, *sanitizers, "-shared", str(made), "-o", str(library), *runtime])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceError("kernel.compiler", f"{shlex.join(command)}: {error}.", "Set CXX to a compiler.") from error
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise DeviceError("kernel.compiler", f"{command[0]} failed: {first}", "Set CXX to another compiler.")
+
+
+@cache
+def _version(command: str) -> str:
+    try:
+        return subprocess.run(
+            [*shlex.split(command), "--version"], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceError("kernel.compiler", f"{command} --version: {error}.", "Set CXX to a compiler.") from error
+
+
+def _cpu_flags() -> str:
+    """What `-march=native` depends on; a home folder may be shared by machines of different kinds."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return ""
+    lines = info.read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,114 @@
+// Weight formats: how one step (16 outputs x 32 inputs) lies in memory and is multiplied with a few rows.
+//
+// Activations are unsigned (code + 128), weights signed, so that one instruction multiplies them; the 128 is taken off
+// afterwards through the sums of the weights. 4-bit codes stay in the upper half of their byte, which multiplies them
+// by 16 and saves the sign extension; the packer divides the scales by 16. 2:4 weights are not expanded: the
+// activations that meet them are gathered with a byte shuffle, whose indices are the stored positions.
+#pragma once
+
+#include "simd.h"
+
+constexpr int kLanes = 16;  // outputs in a block
+constexpr int kStep = 32;   // inputs in a step
+
+// Independent chains of sums hide the latency of a dot product when there are few rows.
+template <int rows>
+constexpr int kChains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+
+template <int rows>
+using Sums = Ints[rows][kChains<rows>];
+
+// Positions of four survivors a word, two for each of two quads: in the lower or the upper eight bytes of a quarter.
+INLINE Bytes quad_base(int upper) { return splat_word(upper ? 0x0C0C0808u : 0x04040000u); }
+
+struct Int8 {
+    static constexpr int kBytes = 512;
+
+    template <int rows>
+    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            Bytes weights = load_bytes(w + 64 * j);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                Ints& sum = sums[r][j % kChains<rows>];
+                sum = dot(sum, broadcast4(x + r * stride + 4 * j), weights);
+            }
+        }
+    }
+};
+
+struct Int4 {
+    static constexpr int kBytes = 256;  // [4][16 outputs][4 bytes]: inputs 8j..8j+3 in low nibbles, 8j+4..8j+7 in high
+
+    template <int rows>
+    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+        const Bytes high = splat_byte(0xF0);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            Bytes both = load_bytes(w + 64 * j);
+            Bytes first = shift_left<4>(both) & high, second = both & high;
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                const uint8_t* row = x + r * stride + 8 * j;
+                Ints& even = sums[r][(2 * j) % kChains<rows>];
+                even = dot(even, broadcast4(row), first);
+                Ints& odd = sums[r][(2 * j + 1) % kChains<rows>];
+                odd = dot(odd, broadcast4(row + 4), second);
+            }
+        }
+    }
+};
+
+// Survivor j of chunk t (8 inputs, 4 survivors) of an output: byte 4 * output + j; its position in its quad: bits
+// 2t, 2t+1 of the same byte of the last 64 bytes of the step.
+template <class Values>
+struct Sparse {
+    static constexpr int kBytes = Values::kBytes + 64;
+
+    template <int t>
+    static INLINE Bytes select(Bytes positions) {
+        return and_or(shift_right<2 * t>(positions), splat_byte(3), quad_base(t % 2));
+    }
+
+    template <int rows>
+    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+        Bytes positions = load_bytes(w + Values::kBytes);
+        half<rows, 0>(w, x, stride, positions, sums);
+        half<rows, 1>(w, x, stride, positions, sums);
+    }
+
+    template <int rows, int upper>
+    static INLINE void half(const uint8_t* w, const uint8_t* x, int64_t stride, Bytes positions, Sums<rows>& sums) {
+        Bytes first = Values::template chunk<2 * upper>(w), second = Values::template chunk<2 * upper + 1>(w);
+        Bytes from_first = select<2 * upper>(positions), from_second = select<2 * upper + 1>(positions);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            Bytes table = broadcast16(x + r * stride + 16 * upper);
+            Ints& even = sums[r][(2 * upper) % kChains<rows>];
+            even = dot(even, shuffle(table, from_first), first);
+            Ints& odd = sums[r][(2 * upper + 1) % kChains<rows>];
+            odd = dot(odd, shuffle(table, from_second), second);
+        }
+    }
+};
+
+struct Values8 {
+    static constexpr int kBytes = 256;
+    template <int t>
+    static INLINE Bytes chunk(const uint8_t* w) {
+        return load_bytes(w + 64 * t);
+    }
+};
+
+struct Values4 {
+    static constexpr int kBytes = 128;  // low nibbles: chunk 0 and 2; high nibbles: chunk 1 and 3
+    template <int t>
+    static INLINE Bytes chunk(const uint8_t* w) {
+        Bytes both = load_bytes(w + 64 * (t / 2));
+        return (t % 2 ? both : shift_left<4>(both)) & splat_byte(0xF0);
+    }
+};
+
+using Sparse8 = Sparse<Values8>;
+using Sparse4 = Sparse<Values4>;

@@ -1,0 +1,227 @@
+// y = x W^T + b for int8, int4 and 2:4 weights, on integer dot products, any number of rows.
+//
+// Every thread streams its own blocks of 16 outputs from memory to registers, where they meet up to eight activation
+// rows at a time. With eight rows the dot products, not the loads, are what the core is busy with, so the same loop
+// serves one row and a thousand: register tiles over several blocks were tried and are no faster. Sums are exact:
+// int32 over a scale group, and over all inputs where there is one scale a channel.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <type_traits>
+
+#include "activations.h"
+#include "formats.h"
+
+namespace {
+
+// One packed layer group; written by integer.py (`_Linear`), field by field.
+struct Linear {
+    const uint8_t* weights;   // [blocks][steps][format's bytes of a step]
+    const uint16_t* scales;   // bf16: [blocks][groups][16]
+    const void* corrections;  // 128 * sum of codes, [blocks * 16]: int32, or float times the scales where grouped
+    const float* bias;        // [blocks * 16], or null
+    int64_t outputs, inputs, padded;
+    int32_t blocks, steps, steps_per_group;  // steps_per_group == steps: one scale a channel
+    int32_t format, planes, bf16;
+};
+
+// Memory that is kept from call to call, one buffer a thread and purpose.
+class Buffer {
+   public:
+    uint8_t* of(size_t bytes) {  // null when there is none
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, size_));
+            if (!data_) size_ = 0;
+        }
+        return data_;
+    }
+    ~Buffer() { std::free(data_); }
+
+   private:
+    uint8_t* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+thread_local Buffer shared_rows, own_rows;
+
+struct Rows {
+    const uint8_t* codes;  // [rows * planes][padded]
+    const float* scales;   // [rows]
+    int64_t count;
+};
+
+template <int planes>
+float plane_weight(int plane) {
+    return plane == planes - 1 ? 1.0f : plane == planes - 2 ? 256.0f : 65536.0f;
+}
+
+template <class Type, int planes>
+void quantize(const Linear& a, const void* x, int64_t first, int64_t last, uint8_t* codes, float* scales) {
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t* source = static_cast<const uint8_t*>(x) + row * a.inputs * Type::kBytes;
+        scales[row] = quantize_row<Type, planes>(source, a.inputs, a.padded, codes + row * planes * a.padded);
+    }
+}
+
+// Sums of one row and block, all planes, to outputs. `sums(plane)` gives Ints, or Floats where grouped.
+template <class Type, int planes, bool grouped, class Get>
+INLINE void finish(const Linear& a, int block, float row_scale, void* y, int64_t row, Get sums) {
+    Floats total = zero_floats();
+#pragma GCC unroll 3
+    for (int plane = 0; plane < planes; plane++) {
+        Floats value;
+        if constexpr (grouped) {
+            value = sums(plane) - load_floats(static_cast<const float*>(a.corrections) + block * kLanes);
+        } else {
+            value = to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes));
+        }
+        total = fma(value, splat(plane_weight<planes>(plane)), total);
+    }
+    Floats scale = splat(row_scale);
+    if constexpr (!grouped) scale = scale * load_bf16(a.scales + block * kLanes);
+    Floats bias = a.bias ? load_floats(a.bias + block * kLanes) : zero_floats();
+    Floats result = fma(total, scale, bias);
+    uint8_t* out = static_cast<uint8_t*>(y) + row * a.outputs * Type::kBytes;
+    if ((block + 1) * kLanes <= a.outputs)
+        Type::store(out, block * kLanes, result);
+    else
+        store_tail<Type>(out, block * kLanes, a.outputs, result);
+}
+
+template <int rows>
+INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
+    if constexpr (kChains<rows> == 4) return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    if constexpr (kChains<rows> == 2) return chains[0] + chains[1];
+    return chains[0];
+}
+
+// One block of 16 outputs for a few rows: the weights pass once.
+template <class Format, class Type, int planes, bool grouped, int tokens>
+void stream_block(const Linear& a, int block, const Rows& x, int64_t token, void* y) {
+    constexpr int rows = tokens * planes;
+    const uint8_t* w = a.weights + static_cast<int64_t>(block) * a.steps * Format::kBytes;
+    const uint8_t* codes = x.codes + token * planes * a.padded;
+    const int groups = a.steps / a.steps_per_group;
+    Floats totals[rows];
+    Ints whole[rows];
+    for (int r = 0; r < rows; r++) totals[r] = zero_floats();
+    for (int g = 0; g < groups; g++) {
+        Sums<rows> sums;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < kChains<rows>; c++) sums[r][c] = zero_ints();
+        for (int s = 0; s < a.steps_per_group; s++) {
+            for (int i = 0; i < Format::kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + i, _MM_HINT_T0);
+            Format::template step<rows>(w, codes, a.padded, sums);
+            w += Format::kBytes;
+            codes += kStep;
+        }
+        if constexpr (grouped) {
+            Floats scale = load_bf16(a.scales + (static_cast<int64_t>(block) * groups + g) * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) totals[r] = fma(to_floats(gathered<rows>(sums[r])), scale, totals[r]);
+        } else {
+            for (int r = 0; r < rows; r++) whole[r] = gathered<rows>(sums[r]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        finish<Type, planes, grouped>(a, block, x.scales[token + t], y, token + t, [&](int plane) {
+            if constexpr (grouped)
+                return totals[t * planes + plane];
+            else
+                return whole[t * planes + plane];
+        });
+}
+
+// As many tokens at a time as the registers hold, then half as many, down to one.
+template <class Format, class Type, int planes, bool grouped, int tokens = kStreamRows / planes>
+INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t token, int64_t end, void* y) {
+    for (; token + tokens <= end; token += tokens)
+        stream_block<Format, Type, planes, grouped, tokens>(a, block, x, token, y);
+    if constexpr (tokens > 1)
+        if (token < end) stream_tokens<Format, Type, planes, grouped, tokens / 2>(a, block, x, token, end, y);
+}
+
+// Activations of so many bytes stay in the second cache while the blocks pass.
+constexpr int64_t kCachedBytes = 512 << 10;
+
+template <class Format, class Type, int planes, bool grouped>
+void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
+    constexpr int64_t step = kStreamRows / planes;
+    const int64_t most = std::max<int64_t>(1, kCachedBytes / (a.padded * planes) / step) * step;
+    for (int64_t start = 0; start < x.count; start += most)
+        for (int block = first; block < last; block++)
+            stream_tokens<Format, Type, planes, grouped>(a, block, x, start, std::min(x.count, start + most), y);
+}
+
+void share(int64_t count, int thread, int threads, int64_t& first, int64_t& last) {
+    first = count * thread / threads;
+    last = count * (thread + 1) / threads;
+}
+
+// False when memory ran out.
+template <class Format, class Type, int planes, bool grouped>
+bool linear(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    const bool each = rows == 1;  // quantizing one row twice costs less than waiting for it
+    const int64_t row_bytes = planes * a.padded;
+    uint8_t* memory = each ? nullptr : shared_rows.of(rows * (row_bytes + sizeof(float)));
+    if (!each && !memory) return false;
+    std::atomic<bool> enough{true};
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        uint8_t* codes = each ? own_rows.of(row_bytes + sizeof(float)) : memory;
+        float* scales = reinterpret_cast<float*>(codes + rows * row_bytes);
+        int64_t first, last;
+        if (each) {
+            if (codes) quantize<Type, planes>(a, x, 0, 1, codes, scales);
+        } else {
+            share(rows, thread, team, first, last);
+            quantize<Type, planes>(a, x, first, last, codes, scales);
+#pragma omp barrier
+        }
+        const Rows quantized{codes, scales, rows};
+        share(a.blocks, thread, team, first, last);
+        if (codes)
+            stream<Format, Type, planes, grouped>(a, first, last, quantized, y);
+        else
+            enough = false;
+    }
+    return enough;
+}
+
+template <class Format, class Type, bool grouped>
+bool by_planes(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (a.planes == 1) return linear<Format, Type, 1, grouped>(a, x, rows, y, threads);
+    if constexpr (std::is_same_v<Type, Bf16>)
+        return linear<Format, Type, 2, grouped>(a, x, rows, y, threads);
+    else
+        return linear<Format, Type, 3, grouped>(a, x, rows, y, threads);
+}
+
+template <class Format, bool grouped>
+bool by_type(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (a.bf16) return by_planes<Format, Bf16, grouped>(a, x, rows, y, threads);
+    return by_planes<Format, Fp32, grouped>(a, x, rows, y, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 when memory ran out. x (rows, inputs) and y (rows, outputs), row-major, bf16 or fp32.
+int autotune_linear(const void* packed, const void* x, int64_t rows, void* y, int threads) {
+    const Linear& a = *static_cast<const Linear*>(packed);
+    switch (a.format) {
+        case 0: return !by_type<Int8, false>(a, x, rows, y, threads);
+        case 1: return !by_type<Int4, true>(a, x, rows, y, threads);
+        case 2: return !by_type<Sparse8, false>(a, x, rows, y, threads);
+        default: return !by_type<Sparse4, true>(a, x, rows, y, threads);
+    }
+}
+}

@@ -1,0 +1,134 @@
+"""int8, int4 and 2:4 weights on integer dot products, CPUs with AVX-512 VNNI or AVX2: our own kernels, compiled here.
+
+Schemes that quantize activations get one int8 plane per token. Schemes that leave them alone get them as 16-bit
+(bf16) or 24-bit (fp32) integers in two or three int8 planes: a weight that streams from memory meets two cheap
+instructions instead of a conversion to floating point. Layouts and arithmetic are described in `formats.h`,
+`activations.h` and `integer.cpp`, which is compiled by `build` on first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from autotune.errors import DeviceError, InputError
+from autotune.kernels.cpu import build
+from autotune.kernels.cpu.memory import on_large_pages, padded_bias
+from autotune.kernels.packing import compress_24, positions_24
+from autotune.kernels.reference import canonical
+from autotune.kernels.spec import GroupWeight, Packed
+from autotune.search_space.schemes import Scheme, scheme
+
+LANES, STEP = 16, 32  # outputs in a block, inputs in a step
+_MOST_INPUTS = 2**16  # 255 * 127 * inputs must stay within int32
+_FORMATS = {("dense", 8): 0, ("dense", 4): 1, ("2:4", 8): 2, ("2:4", 4): 3}
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of integer.cpp."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("padded", ctypes.c_int64),
+        ("blocks", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
+        ("steps_per_group", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("planes", ctypes.c_int32),
+        ("bf16", ctypes.c_int32),
+    )
+
+
+def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
+    codes, scales = canonical(weight)
+    item = scheme(weight.scheme)
+    out_features, in_features = codes.shape
+    if in_features > _MOST_INPUTS:
+        message = f"{in_features} inputs could overflow the 32-bit sums of {item.name}."
+        raise InputError("kernel.limit", message, f"Up to {_MOST_INPUTS} are safe.")
+    blocks, steps = -(-out_features // LANES), -(-in_features // STEP)
+    padded = torch.zeros(blocks * LANES, steps * STEP, dtype=torch.int8)
+    padded[:out_features, :in_features] = codes
+    data = on_large_pages(_layout(padded, item))
+    lanes_first = torch.zeros(blocks * LANES, scales.shape[1])
+    lanes_first[:out_features] = scales
+    held = [
+        data,
+        _scales(lanes_first, item),
+        _corrections(padded, lanes_first, item),
+        None if weight.bias is None else padded_bias(weight.bias, blocks * LANES),
+    ]
+    form = _FORMATS[item.sparsity, item.weight.bits]
+    size = item.weight.group_size
+    linear = _Linear(
+        *(None if tensor is None else tensor.data_ptr() for tensor in held),
+        out_features,
+        in_features,
+        steps * STEP,
+        blocks,
+        steps,
+        size // STEP if size else steps,
+        form,
+        1 if item.activation else 2 if dtype == torch.bfloat16 else 3,
+        dtype == torch.bfloat16,
+    )
+    total = sum(tensor.nbytes for tensor in held if tensor is not None)
+    return Packed(out_features, in_features, dtype, total, (ctypes.addressof(linear), linear, held))
+
+
+def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    rows = x.shape[0]
+    y = torch.empty(rows, packed.out_features, dtype=packed.dtype)
+    if _function()(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads()):
+        raise DeviceError("kernel.memory", f"no memory for {rows} rows of {packed.in_features} inputs.", "Fewer rows.")
+    return y
+
+
+@cache
+def _function() -> Any:
+    call = build.library("integer").autotune_linear
+    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+    call.restype = ctypes.c_int
+    return call
+
+
+def _layout(codes: torch.Tensor, item: Scheme) -> torch.Tensor:
+    """Padded codes (outputs, inputs) as bytes, [blocks][steps][bytes of a step]: see formats.h."""
+    blocks, steps = codes.shape[0] // LANES, codes.shape[1] // STEP
+    if item.sparsity == "dense":
+        quads = codes.view(blocks, LANES, steps, 8, 4).permute(0, 2, 3, 1, 4)  # inputs by fours
+        values = quads if item.weight.bits == 8 else _nibbles(quads[:, :, 0::2], quads[:, :, 1::2])
+        return values.reshape(blocks, steps, -1).contiguous().view(torch.uint8).view(-1)
+    kept, places = compress_24(codes)
+    chunks = kept.view(blocks, LANES, steps, 4, 4).permute(0, 2, 3, 1, 4)  # survivors by fours: eight inputs
+    values = chunks if item.weight.bits == 8 else _nibbles(chunks[:, :, 0::2], chunks[:, :, 1::2])
+    spots = positions_24(places, kept.shape[1]).view(blocks, LANES, steps, 4, 4).permute(0, 2, 3, 1, 4)
+    packed = spots[:, :, 0] | spots[:, :, 1] << 2 | spots[:, :, 2] << 4 | spots[:, :, 3] << 6
+    parts = [values.reshape(blocks, steps, -1).view(torch.uint8), packed.reshape(blocks, steps, -1)]
+    return torch.cat(parts, -1).view(-1)
+
+
+def _nibbles(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    return (low & 15) | (high << 4)
+
+
+def _scales(scales: torch.Tensor, item: Scheme) -> torch.Tensor:
+    """bf16 [blocks][groups][16]; 4-bit codes are multiplied by 16 in the kernel."""
+    wide = scales / 16.0 if item.weight.bits == 4 else scales
+    return wide.view(-1, LANES, scales.shape[1]).transpose(1, 2).to(torch.bfloat16).contiguous()
+
+
+def _corrections(codes: torch.Tensor, scales: torch.Tensor, item: Scheme) -> torch.Tensor:
+    """128 times the sums of the weights: what activations stored plus 128 add to every output."""
+    sums = codes.view(codes.shape[0], scales.shape[1] if item.weight.group_size else 1, -1).sum(-1, dtype=torch.int32)
+    if item.weight.group_size is None:
+        return sums.mul_(128).view(-1)
+    return (sums.double() * scales.double()).sum(1).mul_(128.0).float()
