@@ -65,6 +65,7 @@ _TORCH = "autotune.kernels.torch."
 _CPU = "autotune.kernels.cpu."
 _FLOATS = ("bf16", "fp32")
 _NATIVE = Limits(features=("cxx", "avx2", "fma"))  # compiled here; AVX-512 VNNI where the CPU has it
+_NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
 
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("torch.cpu.bf16", ("bf16",), "cpu", ("bf16",), _TORCH + "dense"),
@@ -90,18 +91,12 @@ KERNELS: tuple[KernelSpec, ...] = (
     ),
     KernelSpec("torch.cpu.w8a16", ("w8a16-int8",), "cpu", ("bf16", "fp32"), _TORCH + "w8a16", Limits(in_multiple=16)),
     KernelSpec("torch.cpu.w4a16", _INT4, "cpu", ("bf16", "fp32"), _TORCH + "w4a16", Limits(features=("avx2",))),
+    KernelSpec("cpu.bf16", ("bf16",), "cpu", ("bf16",), _CPU + "bf16", _NATIVE_BF16),
     KernelSpec("cpu.w8a8", ("w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cpu.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.w4a16", _INT4, "cpu", _FLOATS, _CPU + "integer", _NATIVE),
-    KernelSpec(
-        "cpu.24.bf16",
-        ("2:4",),
-        "cpu",
-        ("bf16",),
-        _CPU + "sparse_bf16",
-        Limits(features=("cxx", "avx512bw", "avx512_bf16")),
-    ),
+    KernelSpec("cpu.24.bf16", ("2:4",), "cpu", ("bf16",), _CPU + "bf16", _NATIVE_BF16),
     KernelSpec("cpu.24.w8a8", ("2:4+w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),

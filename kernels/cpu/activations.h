@@ -5,6 +5,7 @@
 // enough that bf16 (two) or fp32 (three) rounding dwarfs what they lose: 2^-16 or 2^-24 of the token's largest value.
 #pragma once
 
+#include "rows.h"
 #include "simd.h"
 
 constexpr float kSmallestAmax = 1e-30f;
@@ -53,30 +54,32 @@ float largest(const void* x, int64_t count) {
     return result;
 }
 
-// One row into `planes` rows of `padded` bytes each; returns the scale of the last plane.
+// One row into `planes` rows of its group: input i of plane p at (i / 32) * step_stride + 32 * p + i % 32. Returns the
+// scale of the last plane.
 template <class Type, int planes>
-float quantize_row(const void* x, int64_t count, int64_t padded, uint8_t* codes) {
+float quantize_row(const void* x, int64_t count, int64_t step_stride, uint8_t* codes) {
     constexpr float steps = planes == 1 ? 127.5f : planes == 2 ? 32639.0f : 8355711.0f;
     constexpr float lowest = planes == 1 ? -128.0f : -steps, highest = planes == 1 ? 127.0f : steps;
     const float scale = largest<Type>(x, count) / steps;
     const Floats by = splat(scale), low = splat(lowest), high = splat(highest);
     for (int64_t i = 0; i < count; i += 16) {
+        uint8_t* place = codes + i / kStep * step_stride + i % kStep;
         Floats a = i + 16 <= count ? Type::load(x, i) : load_tail<Type>(x, i, count);
         Ints code = to_nearest(max(min(a / by, high), low));
         if constexpr (planes == 3) {
             Ints top = shift_right_signed<16>(code + splat_int(0x8080));
-            store_codes(codes + i, top);
+            store_codes(place, top);
             code = code - shift_left_int<16>(top);
         }
         if constexpr (planes >= 2) {
             Ints top = shift_right_signed<8>(code + splat_int(0x80));
-            store_codes(codes + (planes - 2) * padded + i, top);
+            store_codes(place + (planes - 2) * kStep, top);
             code = code - shift_left_int<8>(top);
         }
-        store_codes(codes + (planes - 1) * padded + i, code);
+        store_codes(place + (planes - 1) * kStep, code);
     }
-    // Padding meets weights of zero; its value does not matter, but it is written, so that nothing uninitialized is read.
-    const int64_t written = (count + 15) / 16 * 16;
-    for (int p = 0; p < planes; p++) std::memset(codes + p * padded + written, 128, padded - written);
+    // The other half of the last step meets weights of zero: its value does not matter, but it must be some value.
+    if ((count + 15) / 16 % 2)
+        for (int p = 0; p < planes; p++) std::memset(codes + count / kStep * step_stride + p * kStep + 16, 128, 16);
     return scale;
 }

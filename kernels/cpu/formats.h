@@ -6,14 +6,8 @@
 // activations that meet them are gathered with a byte shuffle, whose indices are the stored positions.
 #pragma once
 
+#include "rows.h"
 #include "simd.h"
-
-constexpr int kLanes = 16;  // outputs in a block
-constexpr int kStep = 32;   // inputs in a step
-
-// Independent chains of sums hide the latency of a dot product when there are few rows.
-template <int rows>
-constexpr int kChains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
 
 template <int rows>
 using Sums = Ints[rows][kChains<rows>];
@@ -25,14 +19,14 @@ struct Int8 {
     static constexpr int kBytes = 512;
 
     template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
             Bytes weights = load_bytes(w + 64 * j);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
                 Ints& sum = sums[r][j % kChains<rows>];
-                sum = dot(sum, broadcast4(x + r * stride + 4 * j), weights);
+                sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
             }
         }
     }
@@ -42,7 +36,7 @@ struct Int4 {
     static constexpr int kBytes = 256;  // [4][16 outputs][4 bytes]: inputs 8j..8j+3 in low nibbles, 8j+4..8j+7 in high
 
     template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
         const Bytes high = splat_byte(0xF0);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
@@ -50,7 +44,7 @@ struct Int4 {
             Bytes first = shift_left<4>(both) & high, second = both & high;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
-                const uint8_t* row = x + r * stride + 8 * j;
+                const uint8_t* row = x + r * kStep + 8 * j;
                 Ints& even = sums[r][(2 * j) % kChains<rows>];
                 even = dot(even, broadcast4(row), first);
                 Ints& odd = sums[r][(2 * j + 1) % kChains<rows>];
@@ -72,19 +66,19 @@ struct Sparse {
     }
 
     template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, int64_t stride, Sums<rows>& sums) {
+    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
         Bytes positions = load_bytes(w + Values::kBytes);
-        half<rows, 0>(w, x, stride, positions, sums);
-        half<rows, 1>(w, x, stride, positions, sums);
+        half<rows, 0>(w, x, positions, sums);
+        half<rows, 1>(w, x, positions, sums);
     }
 
     template <int rows, int upper>
-    static INLINE void half(const uint8_t* w, const uint8_t* x, int64_t stride, Bytes positions, Sums<rows>& sums) {
+    static INLINE void half(const uint8_t* w, const uint8_t* x, Bytes positions, Sums<rows>& sums) {
         Bytes first = Values::template chunk<2 * upper>(w), second = Values::template chunk<2 * upper + 1>(w);
         Bytes from_first = select<2 * upper>(positions), from_second = select<2 * upper + 1>(positions);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            Bytes table = broadcast16(x + r * stride + 16 * upper);
+            Bytes table = broadcast16(x + r * kStep + 16 * upper);
             Ints& even = sums[r][(2 * upper) % kChains<rows>];
             even = dot(even, shuffle(table, from_first), first);
             Ints& odd = sums[r][(2 * upper + 1) % kChains<rows>];

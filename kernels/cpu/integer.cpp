@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <type_traits>
 
 #include "activations.h"
@@ -28,29 +27,10 @@ struct Linear {
     int32_t format, planes, bf16;
 };
 
-// Memory that is kept from call to call, one buffer a thread and purpose.
-class Buffer {
-   public:
-    uint8_t* of(size_t bytes) {  // null when there is none
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, size_));
-            if (!data_) size_ = 0;
-        }
-        return data_;
-    }
-    ~Buffer() { std::free(data_); }
-
-   private:
-    uint8_t* data_ = nullptr;
-    size_t size_ = 0;
-};
-
 thread_local Buffer shared_rows, own_rows;
 
 struct Rows {
-    const uint8_t* codes;  // [rows * planes][padded]
+    const uint8_t* codes;  // [rows * planes][padded], each group's rows interleaved (rows.h)
     const float* scales;   // [rows]
     int64_t count;
 };
@@ -61,10 +41,13 @@ float plane_weight(int plane) {
 }
 
 template <class Type, int planes>
-void quantize(const Linear& a, const void* x, int64_t first, int64_t last, uint8_t* codes, float* scales) {
+void quantize(const Linear& a, const void* x, int64_t first, int64_t last, int64_t count, uint8_t* codes,
+              float* scales) {
     for (int64_t row = first; row < last; row++) {
+        const Group group = group_of(row, count, kStreamRows / planes);
+        uint8_t* place = codes + (group.first * a.padded + (row - group.first) * kStep) * planes;
         const uint8_t* source = static_cast<const uint8_t*>(x) + row * a.inputs * Type::kBytes;
-        scales[row] = quantize_row<Type, planes>(source, a.inputs, a.padded, codes + row * planes * a.padded);
+        scales[row] = quantize_row<Type, planes>(source, a.inputs, group.size * planes * kStep, place);
     }
 }
 
@@ -117,9 +100,9 @@ void stream_block(const Linear& a, int block, const Rows& x, int64_t token, void
             for (int c = 0; c < kChains<rows>; c++) sums[r][c] = zero_ints();
         for (int s = 0; s < a.steps_per_group; s++) {
             for (int i = 0; i < Format::kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + i, _MM_HINT_T0);
-            Format::template step<rows>(w, codes, a.padded, sums);
+            Format::template step<rows>(w, codes, sums);
             w += Format::kBytes;
-            codes += kStep;
+            codes += rows * kStep;
         }
         if constexpr (grouped) {
             Floats scale = load_bf16(a.scales + (static_cast<int64_t>(block) * groups + g) * kLanes);
@@ -147,21 +130,12 @@ INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t tok
         if (token < end) stream_tokens<Format, Type, planes, grouped, tokens / 2>(a, block, x, token, end, y);
 }
 
-// Activations of so many bytes stay in the second cache while the blocks pass.
-constexpr int64_t kCachedBytes = 512 << 10;
-
 template <class Format, class Type, int planes, bool grouped>
 void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
-    constexpr int64_t step = kStreamRows / planes;
-    const int64_t most = std::max<int64_t>(1, kCachedBytes / (a.padded * planes) / step) * step;
-    for (int64_t start = 0; start < x.count; start += most)
+    const int64_t pass = rows_of_pass(a.padded * planes, kStreamRows / planes);
+    for (int64_t start = 0; start < x.count; start += pass)
         for (int block = first; block < last; block++)
-            stream_tokens<Format, Type, planes, grouped>(a, block, x, start, std::min(x.count, start + most), y);
-}
-
-void share(int64_t count, int thread, int threads, int64_t& first, int64_t& last) {
-    first = count * thread / threads;
-    last = count * (thread + 1) / threads;
+            stream_tokens<Format, Type, planes, grouped>(a, block, x, start, std::min(x.count, start + pass), y);
 }
 
 // False when memory ran out.
@@ -179,10 +153,10 @@ bool linear(const Linear& a, const void* x, int64_t rows, void* y, int threads) 
         float* scales = reinterpret_cast<float*>(codes + rows * row_bytes);
         int64_t first, last;
         if (each) {
-            if (codes) quantize<Type, planes>(a, x, 0, 1, codes, scales);
+            if (codes) quantize<Type, planes>(a, x, 0, 1, 1, codes, scales);
         } else {
             share(rows, thread, team, first, last);
-            quantize<Type, planes>(a, x, first, last, codes, scales);
+            quantize<Type, planes>(a, x, first, last, rows, codes, scales);
 #pragma omp barrier
         }
         const Rows quantized{codes, scales, rows};

@@ -1,6 +1,6 @@
-"""2:4 weights in bf16 on CPUs with AVX-512 bf16 instructions: 9 bits a weight, half the multiplications.
+"""bf16 weights, dense or 2:4 (9 bits a weight, half the multiplications), on CPUs with AVX-512 bf16 instructions.
 
-The layout is described in `sparse_bf16.cpp`, which is compiled by `build` on first use.
+The layouts are described in `bf16.cpp`, which is compiled by `build` on first use.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from autotune.errors import DeviceError
 from autotune.kernels.cpu import build
 from autotune.kernels.cpu.memory import on_large_pages, padded_bias
 from autotune.kernels.packing import compress_24, positions_24
 from autotune.kernels.spec import GroupWeight, Packed, dense_of
+from autotune.search_space.schemes import scheme
 
 LANES, STEP = 16, 32  # outputs in a block, inputs in a step
 
 
 class _Linear(ctypes.Structure):
-    """`Linear` of sparse_bf16.cpp."""
+    """`Linear` of bf16.cpp."""
 
     _fields_ = (
         ("weights", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
         ("padded", ctypes.c_int64),
         ("blocks", ctypes.c_int32),
         ("steps", ctypes.c_int32),
+        ("sparse", ctypes.c_int32),
     )
 
 
@@ -39,32 +42,38 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     blocks, steps = -(-out_features // LANES), -(-in_features // STEP)
     padded = torch.zeros(blocks * LANES, steps * STEP, dtype=torch.bfloat16)
     padded[:out_features, :in_features] = dense
-    data = on_large_pages(_layout(padded))
+    sparse = scheme(weight.scheme).sparsity == "2:4"
+    data = on_large_pages(_sparse(padded) if sparse else _dense(padded))
     bias = None if weight.bias is None else padded_bias(weight.bias, blocks * LANES)
     pointer = None if bias is None else bias.data_ptr()
-    linear = _Linear(data.data_ptr(), pointer, out_features, steps * STEP, blocks, steps)
+    linear = _Linear(data.data_ptr(), pointer, out_features, in_features, steps * STEP, blocks, steps, sparse)
     held = data.nbytes + (0 if bias is None else bias.nbytes)
     return Packed(out_features, in_features, dtype, held, (ctypes.addressof(linear), linear, data, bias))
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    rows, missing = x.shape[0], -packed.in_features % STEP
-    if missing:
-        x = F.pad(x, (0, missing))
+    rows = x.shape[0]
     y = torch.empty(rows, packed.out_features, dtype=packed.dtype)
-    _function()(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+    if _function()(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads()):
+        raise DeviceError("kernel.memory", f"no memory for {rows} rows of {packed.in_features} inputs.", "Fewer rows.")
     return y
 
 
 @cache
 def _function() -> Any:
-    call = build.library("sparse_bf16").autotune_sparse_bf16
+    call = build.library("bf16").autotune_bf16
     call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-    call.restype = None
+    call.restype = ctypes.c_int
     return call
 
 
-def _layout(dense: torch.Tensor) -> torch.Tensor:
+def _dense(dense: torch.Tensor) -> torch.Tensor:
+    """Padded weights as bytes: [blocks][steps][16 pairs][16 outputs][2 inputs]."""
+    pairs = dense.view(dense.shape[0] // LANES, LANES, dense.shape[1] // 2, 2).transpose(1, 2)
+    return pairs.contiguous().view(torch.uint8).view(-1)
+
+
+def _sparse(dense: torch.Tensor) -> torch.Tensor:
     """Padded weights as bytes: [blocks][steps][8 quads][16 outputs][2 survivors] and their positions."""
     blocks, steps = dense.shape[0] // LANES, dense.shape[1] // STEP
     kept, places = compress_24(dense)
