@@ -28,8 +28,6 @@ struct Linear {
     int32_t blocks, steps, sparse;
 };
 
-constexpr int kMostRows = 8;
-
 template <int rows>
 using Sums = __m512[rows][kChains<rows>];
 
@@ -38,14 +36,14 @@ inline __attribute__((always_inline)) void dot(__m512& sums, __m512i x, __m512i 
 }
 
 struct Dense {
-    static constexpr int kBytes = 1024;
+    static constexpr int kBytes = 1024, kRows = 16;
 
     template <int rows>
     static inline __attribute__((always_inline)) void step(const uint8_t* w, const uint16_t* x, Sums<rows>& sums) {
 #pragma GCC unroll 16
         for (int j = 0; j < 16; j++) {
             const __m512i weights = _mm512_loadu_si512(w + 64 * j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 int32_t pair;
                 std::memcpy(&pair, x + r * kStep + 2 * j, 4);
@@ -56,7 +54,7 @@ struct Dense {
 };
 
 struct Sparse {
-    static constexpr int kBytes = 576;
+    static constexpr int kBytes = 576, kRows = 8;
 
     template <int t>
     static inline __attribute__((always_inline)) __m512i select(__m512i positions) {
@@ -98,7 +96,7 @@ template <class Format, int rows>
 void block_rows(const Linear& a, int64_t block, const uint16_t* x, uint16_t* y) {
     const uint8_t* w = a.weights + block * a.steps * Format::kBytes;
     Sums<rows> sums;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < kChains<rows>; c++) sums[r][c] = _mm512_setzero_ps();
     for (int s = 0; s < a.steps; s++, w += Format::kBytes) {
@@ -107,6 +105,7 @@ void block_rows(const Linear& a, int64_t block, const uint16_t* x, uint16_t* y) 
         Format::template step<rows>(w, x + s * rows * kStep, sums);
     }
     const __m512 bias = a.bias ? _mm512_loadu_ps(a.bias + block * kLanes) : _mm512_setzero_ps();
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         __m512 total = bias;
         for (int c = 0; c < kChains<rows>; c++) total = _mm512_add_ps(total, sums[r][c]);
@@ -114,7 +113,7 @@ void block_rows(const Linear& a, int64_t block, const uint16_t* x, uint16_t* y) 
     }
 }
 
-template <class Format, int rows = kMostRows>
+template <class Format, int rows = Format::kRows>
 inline __attribute__((always_inline)) void rows_from(const Linear& a, int64_t block, const uint16_t* x, int64_t row,
                                                      int64_t end, uint16_t* y) {
     for (; row + rows <= end; row += rows) block_rows<Format, rows>(a, block, x + row * a.padded, y + row * a.outputs);
@@ -125,9 +124,10 @@ inline __attribute__((always_inline)) void rows_from(const Linear& a, int64_t bl
 thread_local Buffer interleaved;
 
 // Rows first .. last into their groups' places, zeros behind the last input.
+template <int most>
 void interleave(const Linear& a, const uint16_t* x, int64_t first, int64_t last, int64_t count, uint16_t* places) {
     for (int64_t row = first; row < last; row++) {
-        const Group group = group_of(row, count, kMostRows);
+        const Group group = group_of(row, count, most);
         uint16_t* place = places + group.first * a.padded + (row - group.first) * kStep;
         const uint16_t* source = x + row * a.inputs;
         for (int64_t i = 0; i < a.inputs; i += kStep, place += group.size * kStep) {
@@ -144,14 +144,14 @@ bool linear(const Linear& a, const uint16_t* x, int64_t rows, uint16_t* y, int t
     uint16_t* memory = as_it_is ? nullptr : reinterpret_cast<uint16_t*>(interleaved.of(rows * a.padded * 2));
     if (!as_it_is && !memory) return false;
     const uint16_t* ready = as_it_is ? x : memory;
-    const int64_t pass = rows_of_pass(2 * a.padded, kMostRows);
+    const int64_t pass = rows_of_pass(2 * a.padded, Format::kRows);
 #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         int64_t first, last;
         if (!as_it_is) {
             share(rows, thread, team, first, last);
-            interleave(a, x, first, last, rows, memory);
+            interleave<Format::kRows>(a, x, first, last, rows, memory);
 #pragma omp barrier
         }
         share(a.blocks, thread, team, first, last);
