@@ -64,7 +64,7 @@ _SPARSE_INT4_A8 = ("2:4+w4a8-int4-g64", "2:4+w4a8-int4-g128")
 _TORCH = "autotune.kernels.torch."
 _CPU = "autotune.kernels.cpu."
 _FLOATS = ("bf16", "fp32")
-_NATIVE = Limits(features=("cxx", "avx2", "fma"))  # compiled here; AVX-512 VNNI where the CPU has it
+_NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the best instructions that the CPU has
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
 
 KERNELS: tuple[KernelSpec, ...] = (

@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """Shapes and devices a kernel accepts. Features are names a `Target` lists; all of them are needed."""
+    """Shapes and devices a kernel accepts. Features are names a `Target` lists; all are needed ("a|b": either)."""
 
     in_multiple: int = 1
     out_multiple: int = 1

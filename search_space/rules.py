@@ -59,7 +59,7 @@ def _misfit(kernel: KernelSpec, group: LayerGroup, dtype: str, target: Target) -
     limits = kernel.limits
     if dtype not in kernel.dtypes:
         return f"takes {' or '.join(kernel.dtypes)} activations, the model runs in {dtype}"
-    if missing := [name for name in limits.features if name not in target.features]:
+    if missing := lacking(limits.features, target.features):
         return f"{target.name} lacks {', '.join(missing)}"
     capability = target.compute_capability or 0.0
     if limits.min_compute_capability and capability < limits.min_compute_capability:
@@ -71,3 +71,8 @@ def _misfit(kernel: KernelSpec, group: LayerGroup, dtype: str, target: Target) -
     if group.out_features % limits.out_multiple:
         return f"{group.out_features} outputs are not a multiple of {limits.out_multiple}"
     return ""
+
+
+def lacking(needed: Sequence[str], features: Sequence[str]) -> list[str]:
+    """What of `needed` is not there; "a|b" is satisfied by either."""
+    return [name.replace("|", " or ") for name in needed if not set(name.split("|")) & set(features)]

@@ -99,7 +99,7 @@ void stream_block(const Linear& a, int block, const Rows& x, int64_t token, void
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < kChains<rows>; c++) sums[r][c] = zero_ints();
         for (int s = 0; s < a.steps_per_group; s++) {
-            for (int i = 0; i < Format::kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + i, _MM_HINT_T0);
+            for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + 4096 + i);
             Format::template step<rows>(w, codes, sums);
             w += Format::kBytes;
             codes += rows * kStep;
@@ -141,6 +141,7 @@ void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
 // False when memory ran out.
 template <class Format, class Type, int planes, bool grouped>
 bool linear(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (rows == 0) return true;
     const bool each = rows == 1;  // quantizing one row twice costs less than waiting for it
     const int64_t row_bytes = planes * a.padded;
     uint8_t* memory = each ? nullptr : shared_rows.of(rows * (row_bytes + sizeof(float)));

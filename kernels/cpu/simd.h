@@ -1,9 +1,11 @@
-// 64-byte vectors for integer kernels: sixteen 32-bit sums, or sixteen times four bytes. One type, two instruction sets:
-// AVX-512 VNNI, and AVX2 (pairs of 32 bytes; with AVX-VNNI where the compiler is told of it). All that is not here is
-// plain C++.
+// 64-byte vectors for integer kernels: sixteen 32-bit sums, or sixteen times four bytes. One type, three instruction
+// sets: AVX-512 VNNI, AVX2 (pairs of 32 bytes; with AVX-VNNI where the compiler is told of it), and Arm's (simd_neon.h).
+// All that is not here is plain C++.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -246,6 +248,10 @@ INLINE void store_codes(uint8_t* p, Ints a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+#include "simd_neon.h"
+
 #else
-#error "needs AVX-512 VNNI or AVX2 with FMA"
+#error "needs AVX-512 VNNI, AVX2 with FMA, or Arm's dot products"
 #endif

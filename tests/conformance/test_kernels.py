@@ -17,6 +17,7 @@ from autotune.kernels import reference
 from autotune.kernels.checks import GateResult, gate
 from autotune.kernels.spec import KERNELS, GroupWeight, KernelModule, Packed, kernel, kernel_hash, load
 from autotune.search_space.coverage import KernelSpec
+from autotune.search_space.rules import lacking
 from autotune.search_space.schemes import scheme
 from autotune.targets.detect import detect_cpu
 
@@ -38,8 +39,8 @@ def _missing(spec: KernelSpec) -> str:
     """Why a kernel cannot run here; empty when it can."""
     if spec.device == "cuda":
         return "" if torch.cuda.is_available() else "no CUDA device"
-    lacking = [name for name in spec.limits.features if name not in FEATURES]
-    return f"this CPU lacks {', '.join(lacking)}" if lacking else ""
+    missing = lacking(spec.limits.features, FEATURES)
+    return f"this CPU lacks {', '.join(missing)}" if missing else ""
 
 
 def _cases() -> list[object]:
