@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import decide, planning, tables
+from autotune import decide, finalists, planning, tables
 from autotune.certify import Certificate
 from autotune.config import RunConfig
-from autotune.decide import Point, configuration, decode_certificate
+from autotune.decide import configuration, decode_certificate
 from autotune.errors import InfeasibleError, InputError, UsageError
+from autotune.finalists import Point, front_ratio
 from autotune.models import Models
 from autotune.result import Result
 from autotune.run import RunFolder, silent
@@ -66,10 +67,11 @@ def _reload(folder: RunFolder, config: RunConfig) -> Result:
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
+        result.space = models.space = space = tables.prune_losses(session, space, result.losses)
     result.calibration = tables.calibrate_latency(session, space, table, models)
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decode_front(read_json(folder.path / "front.json", "run"))
-    result.points = tuple(decide.pick_points(session, result.problem, result.front))
+    result.points = tuple(finalists.pick_points(session, result.problem, result.front))
     return result
 
 
@@ -92,7 +94,8 @@ def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | Non
     limit = session.search_limit if max_loss is None else _limit(session, max_loss)
     memory = max_memory_bytes if max_memory_bytes is not None else session.config.max_memory_bytes
     budget = Budget(limit, memory)
-    feasible = [candidate for candidate in front.candidates if fits(candidate, budget)]
+    ratio = front_ratio(front, limit)
+    feasible = [candidate for candidate in front.candidates if fits(candidate, budget, ratio)]
     if not feasible:
         nearest = min(front.candidates, key=lambda candidate: candidate.weight_bytes)
         what = f"the smallest has {nearest.weight_bytes:,} bytes, loss {nearest.evaluation.dnll_nats:.2e} nats"

@@ -1,22 +1,21 @@
-"""The stages that decide: problem, search, finalists, certification and the chosen point."""
+"""The stages that decide: the problem, its search, the finalists' run and their certification."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 from autotune import verify
 from autotune.certify import Bound, Certificate, certify
-from autotune.errors import InfeasibleError
+from autotune.finalists import Point, search_budget
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.latency_model import Calibration, uniform_configurations
 from autotune.models import LOOK_SHARES, Models
 from autotune.profilers.latency import LatencyTable
 from autotune.score import LossTable
 from autotune.search.codec import decode_evaluation, decode_front, encode_evaluation, encode_front
-from autotune.search.front import dnll_upper_nats, excess, pareto_candidates
 from autotune.search.problem import (
     Budget,
     Candidate,
@@ -46,7 +45,7 @@ def build_problem(
         names = [entry.scheme for entry in space.schemes(group.name)]
         options = tuple(_option(session, group, name, table, losses, calibration) for name in names)
         groups.append(GroupOptions(group.name, group.role, group.layer, options))
-    return Problem(tuple(groups), calibration.rest_us, session.spec.kept_bytes)
+    return Problem(tuple(groups), calibration.total_rest_us, session.spec.kept_bytes)
 
 
 def _option(
@@ -79,16 +78,10 @@ def configuration(problem: Problem, genotype: Genotype) -> dict[str, str]:
     return {g.name: o.scheme for g, o in zip(problem.groups, problem.chosen(genotype), strict=True)}
 
 
-def latency_limit_us(session: Session, problem: Problem) -> float | None:
-    if session.config.min_speedup is None:
-        return None
-    return problem.latency_us(problem.dense) / session.config.min_speedup
-
-
 def run_search(session: Session, problem: Problem, models: Models, stop: Callable[[], bool]) -> Front:
     """Study over corrections and outer choices; without losses, the fastest configuration within memory."""
     config = session.config
-    budget = Budget(session.search_limit, config.max_memory_bytes, latency_limit_us(session, problem))
+    budget = search_budget(session, problem)
     if config.latency_only:
         return _latency_only_front(problem, budget)
     memo = session.folder.memo()
@@ -190,113 +183,6 @@ def _latency_only_front(problem: Problem, budget: Budget) -> Front:
     return Front(tuple(candidates), (0,), (), 0.0)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One configuration worth measuring. `finalist`: within the search's limits, to be certified."""
-
-    name: str
-    candidate: Candidate
-    finalist: bool
-
-
-def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]:
-    """Finalists (the fastest few within the limits) and other points along the front, fastest first.
-
-    Raises:
-        InfeasibleError: `search.infeasible` with the nearest feasible point.
-    """
-    config = session.config
-    budget = Budget(session.search_limit, config.max_memory_bytes, latency_limit_us(session, problem))
-    feasible = [candidate for candidate in front.candidates if _fits(candidate, budget)]
-    if not feasible:
-        raise _infeasible(front, problem, budget)
-    best = feasible if config.latency_only else pareto_candidates(feasible)
-    compressed = [c for c in best if c.genotype != problem.dense] or feasible[:1]
-    finalists = _finalists(sorted(compressed, key=lambda c: c.latency_us), config.finalists, session.search_limit)
-    others = [c for c in _along(front, session) if c not in finalists and c.genotype != problem.dense]
-    others = _evenly(others, max(0, config.measured_points - len(finalists)))
-    chosen = sorted([*finalists, *others], key=lambda c: c.latency_us)
-    return [Point(_point_name(problem, c, n), c, c in finalists) for n, c in enumerate(chosen)]
-
-
-def _point_name(problem: Problem, candidate: Candidate, number: int) -> str:
-    """ "dense" and "uniform SCHEME" where that is what it is, else "point N"."""
-    if candidate.genotype == problem.dense:
-        return "dense"
-    names = {option.scheme for option in problem.chosen(candidate.genotype)}
-    uniform = next((name for name in sorted(names) if problem.uniform(name) == candidate.genotype), None)
-    return f"uniform {uniform}" if uniform else f"point {number}"
-
-
-def _along(front: Front, session: Session) -> list[Candidate]:
-    if session.config.latency_only:
-        return list(front.candidates)
-    uniform = [c for c in front.candidates if c.source.startswith("uniform")]
-    pareto = [front.candidates[index] for index in front.pareto]
-    return list(dict.fromkeys([*uniform, *pareto]))
-
-
-def _fits(candidate: Candidate, budget: Budget) -> bool:
-    return all(value <= 0 for value in excess(candidate, budget).values())
-
-
-def _finalists(candidates: Sequence[Candidate], count: int, limit: float) -> list[Candidate]:
-    """The fastest few, and as the safest one the fastest that uses a third of the budget.
-
-    Certification goes from safest to fastest and stops at the first failure: without a safe start, bad luck on the
-    first would leave nothing certified.
-    """
-    fastest = _spread(candidates, count)
-    safe = [c for c in candidates if dnll_upper_nats(c.evaluation) <= limit / 3]
-    if count > 1 and safe and not any(c in fastest for c in safe):
-        return [*fastest[: count - 1], safe[0]]
-    return fastest
-
-
-def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -> list[Candidate]:
-    """The fastest `count`, skipping any that is within 0.5% of one already taken: they could not be told apart."""
-    taken: list[Candidate] = []
-    for candidate in candidates:
-        if all(abs(candidate.latency_us / other.latency_us - 1) > apart for other in taken):
-            taken.append(candidate)
-        if len(taken) == count:
-            break
-    return taken
-
-
-def _evenly(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Uniform baselines first, then the points nearest to latencies spread evenly over the range."""
-    first = [c for c in candidates if c.source.startswith("uniform")][:count]
-    rest = [c for c in candidates if c not in first]
-    room = min(count - len(first), len(rest))
-    if room <= 0:
-        return first
-    slowest, fastest = max(c.latency_us for c in rest), min(c.latency_us for c in rest)
-    for step in range(room):
-        target = slowest - (slowest - fastest) * step / max(1, room - 1)
-        nearest = min(rest, key=lambda c: abs(c.latency_us - target))
-        rest.remove(nearest)
-        first.append(nearest)
-    return first
-
-
-def _infeasible(front: Front, problem: Problem, budget: Budget) -> InfeasibleError:
-    def distance(candidate: Candidate) -> float:
-        scale = {"loss": budget.max_loss_nats, "bytes": budget.max_bytes or 1, "latency": budget.max_latency_us or 1}
-        return max(value / scale[name] for name, value in excess(candidate, budget).items())
-
-    nearest = min(front.candidates, key=distance)
-    speedup = problem.latency_us(problem.dense) / nearest.latency_us
-    loss = math.expm1(nearest.evaluation.dnll_nats)
-    what = f"{speedup:.2f}x dense, {nearest.weight_bytes / 2**20:.1f} MiB, loss {loss:.2%} on the search documents"
-    missed = ", ".join(name for name, value in excess(nearest, budget).items() if value > 0)
-    return InfeasibleError(
-        "search.infeasible",
-        f"no configuration meets the budget ({missed}); the nearest is {what}.",
-        "Relax the budget to that point, or allow more schemes.",
-    )
-
-
 def measure_points(session: Session, problem: Problem, points: Sequence[Point], models: Models) -> EndToEnd | None:
     """End-to-end latency of every point, and of what a fit needs, in one run; None where nothing can be run."""
     if not session.local:
@@ -307,7 +193,7 @@ def measure_points(session: Session, problem: Problem, points: Sequence[Point], 
     progress = session.progress("verify")
     return session.folder.json_stage(
         "endtoend",
-        [list(map(list, configurations.items())), _kernels_key(problem), str(session.workload)],
+        [verify.FORMAT, list(map(list, configurations.items())), _kernels_key(problem), str(session.workload)],
         lambda: verify.measure(
             cast(SwitchableModel, models.runnable), configurations, session.workload, 40.0, progress
         ),
@@ -343,23 +229,3 @@ def certify_points(
 
 def decode_certificate(value: Mapping[str, Any]) -> Certificate:
     return Certificate(**{**value, "loss": Bound(**value["loss"]), "kl": Bound(**value["kl"])})
-
-
-def choose(
-    points: Sequence[Point],
-    certificates: Mapping[str, Certificate],
-    end_to_end: EndToEnd | None,
-    needs_certificate: bool,
-) -> Point:
-    """The fastest finalist that passes; if none passes, the safest one tested (its state says so)."""
-
-    def latency(point: Point) -> float:
-        return end_to_end.of(point.name).latency_ms.median if end_to_end else point.candidate.latency_us
-
-    finalists = [point for point in points if point.finalist]
-    if not needs_certificate:
-        return min(finalists, key=latency)
-    passing = [p for p in finalists if p.name in certificates and certificates[p.name].state == "certified"]
-    if passing:
-        return min(passing, key=latency)
-    return min(finalists, key=lambda point: point.candidate.evaluation.kl_nats)

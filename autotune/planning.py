@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from autotune import __version__
-from autotune.decide import Point, configuration
+from autotune.decide import configuration
+from autotune.finalists import Point
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.kernels.spec import kernel_hash
 from autotune.plan import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from autotune.certify import Certificate
 from autotune.compress.database import WeightDatabase
-from autotune.decide import Point
+from autotune.finalists import Point
 from autotune.latency_model import Calibration
 from autotune.plan import Plan
 from autotune.profilers.latency import LatencyTable
@@ -33,5 +33,6 @@ class Result:
     refit: Calibration | None = None  # the same from the finalists' run, to judge predictions by
     certificates: dict[str, Certificate] | None = None
     chosen: Point | None = None
+    reason: str = ""  # why that one
     plan: Plan | None = None
     report: dict[str, Any] | None = None

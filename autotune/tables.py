@@ -19,7 +19,7 @@ from autotune.search_space import space as space_module
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import Memo, user_folder, write_text
-from autotune.verify import EndToEnd
+from autotune.verify import FORMAT, EndToEnd
 
 
 def build_space(session: Session) -> SearchSpace:
@@ -106,15 +106,30 @@ def loss_table(session: Session, space: SearchSpace, models: Models) -> LossTabl
     )
 
 
+def prune_losses(session: Session, space: SearchSpace, losses: LossTable) -> SearchSpace:
+    """Drop, with the reason, what would break the budget in one group alone: no plan could use it.
+
+    Estimated KL is taken at half its lower bound, because perplexity rises by as little as half of it (rounding
+    errors that the labels happen to like), and because `plan choose` may ask for a somewhat larger budget.
+    """
+    limit = session.limit
+    dropped = {
+        (row.group, row.scheme): f"costs {row.loss_nats:.2g} nats in this group alone; the budget is {limit:.2g}"
+        for row in losses.rows
+        if row.low_nats / 2 > limit
+    }
+    return space.without(dropped)
+
+
 def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[str]]:
     """Group -> usable schemes, the dense one first."""
     return {group.name: [entry.scheme for entry in space.schemes(group.name)] for group in session.spec.groups}
 
 
 def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable, models: Models) -> Calibration:
-    """Rest of the model and a factor per scheme from interleaved runs; with nothing to run, nothing is added."""
+    """Rest of the model and factors per scheme and phase from interleaved runs; with nothing to run, none is added."""
     if not session.local:
-        return Calibration(0.0, {}, None)
+        return Calibration({}, {}, None)
     available = available_schemes(space, session)
 
     def compute() -> Calibration:
@@ -123,7 +138,7 @@ def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable,
         return calibrate_model(models.runnable, table, available, session.workload, 15.0, progress)
 
     return session.folder.json_stage(
-        "calibration", [table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json
+        "calibration", [FORMAT, table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json
     )
 
 

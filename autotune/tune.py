@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from autotune import decide, planning, tables
+from autotune import decide, finalists, planning, tables
 from autotune.config import RunConfig
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.models import Models
@@ -56,20 +56,22 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
+        result.space = models.space = space = tables.prune_losses(session, space, result.losses)
     if until == "score":
         return result
 
     result.calibration = tables.calibrate_latency(session, space, table, models)
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
-    result.points = tuple(decide.pick_points(session, result.problem, result.front))
+    result.points = tuple(finalists.pick_points(session, result.problem, result.front))
     if until == "search":
         return result
 
     result.end_to_end = decide.measure_points(session, result.problem, result.points, models)
     result.refit = tables.refit_latency(session, space, table, result.end_to_end)
     result.certificates = decide.certify_points(session, result.problem, result.points, models)
-    result.chosen = decide.choose(result.points, result.certificates, result.end_to_end, not config.latency_only)
+    certified = not config.latency_only
+    result.chosen, result.reason = finalists.choose(result.points, result.certificates, result.end_to_end, certified)
     result.plan = planning.build_plan(result, result.chosen)
     result.plan.save(folder.path / "plan.json")
     if until == "verify":

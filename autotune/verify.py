@@ -18,6 +18,7 @@ from autotune.switchable import SwitchableModel
 
 DECODE_STEPS = 16  # timed steps a round; a workload's generated tokens are this step's time multiplied
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
+FORMAT = "rounds by phase"  # of what `to_json` writes; stages that store it depend on it
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration's end-to-end time. `rounds_ms[r]`: the workload's total in round r, for paired comparison."""
+    """One configuration's end-to-end time. `phases_ms[phase][r]`: the workload's total in a phase ("prefill", "decode")
+    in round r, for paired comparison; a phase that the workload does not have is not in it."""
 
     name: str
     prefill_ms: Interval
     decode_ms: Interval  # a step; zeros where nothing is generated
     latency_ms: Interval  # the workload's total
-    rounds_ms: tuple[float, ...]
+    phases_ms: dict[str, tuple[float, ...]]
+
+    @property
+    def rounds_ms(self) -> tuple[float, ...]:
+        """The workload's total in each round."""
+        return tuple(sum(parts) for parts in zip(*self.phases_ms.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,12 @@ class EndToEnd:
     def of(self, name: str) -> Run:
         return next(run for run in self.runs if run.name == name)
 
-    def saving_ms(self, name: str, baseline: str = "dense") -> Interval:
-        """Time saved over the baseline, paired by round."""
-        difference = np.asarray(self.of(baseline).rounds_ms) - np.asarray(self.of(name).rounds_ms)
-        return interval(difference)
+    def saving_ms(self, name: str, baseline: str = "dense", phase: str | None = None) -> Interval:
+        """Time saved over the baseline in the workload, or in one phase of it; paired by round."""
+        before, after = self.of(baseline), self.of(name)
+        if phase is not None:
+            return interval(np.asarray(before.phases_ms[phase]) - np.asarray(after.phases_ms[phase]))
+        return interval(np.asarray(before.rounds_ms) - np.asarray(after.rounds_ms))
 
     def speedup(self, name: str, baseline: str = "dense") -> Interval:
         return interval(np.asarray(self.of(baseline).rounds_ms) / np.asarray(self.of(name).rounds_ms))
@@ -62,7 +71,8 @@ class EndToEnd:
         runs = []
         for item in value["runs"]:  # type: ignore[attr-defined]
             parts = {key: Interval(**item[key]) for key in ("prefill_ms", "decode_ms", "latency_ms")}
-            runs.append(Run(item["name"], **parts, rounds_ms=tuple(item["rounds_ms"])))
+            phases = {phase: tuple(rounds) for phase, rounds in item["phases_ms"].items()}
+            runs.append(Run(item["name"], **parts, phases_ms=phases))
         return cls(tuple(runs), str(value["noisy"]))
 
 
@@ -114,21 +124,25 @@ def _requests(model: SwitchableModel, workload: Workload) -> dict[tuple[int, str
 
 
 def _run(name: str, samples: Sequence[Mapping[tuple[int, str], float]], workload: Workload) -> Run:
-    totals, prefill, decode = [], [], []
-    for sample in samples:
-        total = 0.0
-        for index, request in enumerate(workload.requests):
-            total += request.weight * (sample[index, "prefill"] + request.generated * sample[index, "decode"])
-        totals.append(total * 1e3)
-        prefill.append(_weighted(sample, workload, "prefill"))
-        decode.append(_weighted(sample, workload, "decode"))
+    prefill = [_weighted(sample, workload, "prefill") for sample in samples]
+    decode = [_weighted(sample, workload, "decode") for sample in samples]
+    phases = {"prefill": tuple(prefill)}  # one per request, so its average is also its total
+    if any(request.generated for request in workload.requests):
+        phases["decode"] = tuple(_generation(sample, workload) for sample in samples)
+    totals = [sum(parts) for parts in zip(*phases.values(), strict=True)]
     first, step, total_ms = (interval(np.asarray(values)) for values in (prefill, decode, totals))
-    return Run(name, first, step, total_ms, tuple(totals))
+    return Run(name, first, step, total_ms, phases)
 
 
 def _weighted(sample: Mapping[tuple[int, str], float], workload: Workload, phase: str) -> float:
     """Milliseconds of one prefill, or one decode step, averaged over the workload's mix."""
     return 1e3 * sum(request.weight * sample[index, phase] for index, request in enumerate(workload.requests))
+
+
+def _generation(sample: Mapping[tuple[int, str], float], workload: Workload) -> float:
+    """Milliseconds of all decode steps of the workload."""
+    steps = [request.weight * request.generated for request in workload.requests]
+    return 1e3 * sum(count * sample[index, "decode"] for index, count in enumerate(steps))
 
 
 def _noise(runs: Sequence[Run], bound: float = 0.05) -> str:

@@ -18,11 +18,13 @@ Written by `--json` (one object):
     dense_ms                        measured, the whole workload
     median_error, spearman          median over rows of |predicted / measured - 1| of the saving; rank correlation
     refit_median_error, refit_spearman    the same for `refit`
+    phase_errors                    phase -> median over rows of |refit - measured| in it, over dense's time in it
     rows                            a list of objects, one per configuration:
         name, source                its place from fast to slow, and where it comes from ("front", "mix")
         predicted_saving_ms, refit_saving_ms
         measured_saving_ms          {median, low, high}: paired by round, 95%
         error, refit_error          |predicted / measured - 1| of the saving
+        phases                      phase -> {refit_saving_ms, measured_saving_ms}, parts of the above
         schemes                     scheme -> number of layer groups
 """
 
@@ -110,7 +112,8 @@ def compare(result: Result, chosen: list[Chosen], measured: verify.EndToEnd) -> 
     for place, item in enumerate(chosen, 1):
         predicted = (problem.latency_us(problem.dense) - problem.latency_us(item.genotype)) / 1e3
         names = configuration(problem, item.genotype)
-        fitted = refit.saving_us(result.table, session.spec, names, session.workload) / 1e3
+        parts = refit.phase_savings_us(result.table, session.spec, names, session.workload)
+        fitted = sum(parts.values()) / 1e3
         saving = measured.saving_ms(str(place), DENSE)
         rows.append(
             {
@@ -121,6 +124,13 @@ def compare(result: Result, chosen: list[Chosen], measured: verify.EndToEnd) -> 
                 "measured_saving_ms": asdict(saving),
                 "error": abs(predicted / saving.median - 1) if saving.median else None,
                 "refit_error": abs(fitted / saving.median - 1) if saving.median else None,
+                "phases": {
+                    phase: {
+                        "refit_saving_ms": saved_us / 1e3,
+                        "measured_saving_ms": asdict(measured.saving_ms(str(place), DENSE, phase)),
+                    }
+                    for phase, saved_us in parts.items()
+                },
                 "schemes": dict(Counter(names.values())),
             }
         )
@@ -139,6 +149,16 @@ def summary(rows: list[dict[str, Any]], prefix: str = "") -> dict[str, float | N
     }
 
 
+def phase_errors(rows: list[dict[str, Any]], dense: verify.Run) -> dict[str, float]:
+    """Relative to dense's time, not to the saving: a phase that saves nothing would have no error otherwise."""
+    errors = {}
+    for phase, times in dense.phases_ms.items():
+        parts = [item["phases"][phase] for item in rows]
+        off = [abs(part["refit_saving_ms"] - part["measured_saving_ms"]["median"]) for part in parts]
+        errors[phase] = float(np.median(off) / np.median(times)) if off else 0.0
+    return errors
+
+
 def table(value: dict[str, Any]) -> str:
     lines = [["#", "from", "predicted", "refit", "measured saving", "95%", "error", "refit", "schemes"]]
     for item in value["rows"]:
@@ -155,6 +175,7 @@ def table(value: dict[str, Any]) -> str:
         error, rank = value[f"{prefix}median_error"], value[f"{prefix}spearman"]
         found = "none" if error is None else f"{error:.1%}"
         text.append(f"{name}: median error of the saving {found}, Spearman {'none' if rank is None else f'{rank:.3f}'}")
+    text += [f"refit, {phase}: off by {off:.1%} of dense's time" for phase, off in value["phase_errors"].items()]
     text.append(
         f"dense {value['dense_ms']:.2f} ms; load {value['load_before']:.1f} before, {value['load_after']:.1f} after"
     )
@@ -185,6 +206,7 @@ def main() -> None:
         "dense_ms": measured.of(DENSE).latency_ms.median,
         **summary(rows),
         **summary(rows, "refit_"),
+        "phase_errors": phase_errors(rows, measured.of(DENSE)),
         "rows": rows,
     }
     print(table(value))

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import autotune
-from autotune import checkpoint, decide, planning, tables
+from autotune import checkpoint, decide, finalists, planning, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.kernels.spec import KERNELS
@@ -276,7 +276,7 @@ class World:
     def result(self) -> Result:
         """As far as a run has come when it chooses, with `mixed` its only point."""
         result = Result(self.session, self.space, self.table, self.models.database, self.losses)
-        result.calibration = tables.Calibration(0.0, {}, None)
+        result.calibration = tables.Calibration({}, {}, None)
         result.problem = decide.build_problem(self.session, self.space, self.table, self.losses, result.calibration)
         us, size = result.problem.latency_us(self.mixed), result.problem.weight_bytes(self.mixed)
         candidate = Candidate(self.mixed, us, size, 0.1, Evaluation((1.0,), (0.1,), (0.1,)), "mixed")
@@ -292,7 +292,7 @@ class World:
     def saved(self) -> Path:
         """The folder that `autotune.load` reads."""
         assert self.result.front is not None
-        plan = planning.build_plan(self.result, decide.Point("mixed", self.result.front.candidates[0], True))
+        plan = planning.build_plan(self.result, finalists.Point("mixed", self.result.front.candidates[0], True))
         folder = self.session.folder.path / "model"
         self.runnable.select(plan.configuration)
         self.runnable.save(folder, self.opened, plan, self.models.database)

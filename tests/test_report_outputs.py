@@ -115,6 +115,7 @@ def test_summary_holds_the_numbers(report, width):
     assert "\x1b" not in text and max(map(len, text.splitlines())) <= width
     assert words.ms(words.plan_ms(report)) in flat and words.size(report["plan"]["weight_bytes"]) in flat
     assert report["plan"]["statement"][1:] in flat and "autotune export gguf" in flat
+    assert report["plan"]["why"] in flat
     assert words.timing(report) == "measured" or words.timing(report) in flat
     if report["samples"]:
         assert "statements." in flat and "expressions." in flat

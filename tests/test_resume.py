@@ -21,7 +21,7 @@ class Runs:
         self.home = home
         data = tiny.write_documents(home / "data.jsonl", 16, 40)
         # Weights large enough that compression costs something, and a budget between the extremes: a mixed plan.
-        values = tiny.settings(model, home / "unused", data, max_loss=0.02, trials=8)
+        values = tiny.settings(model, home / "unused", data, max_loss=0.04, trials=8)
         (home / "settings.json").write_text(json.dumps(values))
         script = Path(tiny.__file__).with_name("faked_run.py")
         self.process = subprocess.Popen(

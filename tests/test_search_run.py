@@ -15,7 +15,7 @@ import pytest
 from autotune.errors import UsageError
 from autotune.search.baselines import BASELINES, seeds
 from autotune.search.correction import loss_table
-from autotune.search.front import dnll_upper_nats, fits
+from autotune.search.front import fits
 from autotune.search.problem import Budget, Evaluation
 from autotune.search.race import clearly_worse, moves
 from autotune.search.run import ALONG, search, trials_for_minutes
@@ -310,27 +310,3 @@ def test_the_paired_test_sees_small_steady_differences_and_forgives_noise():
     assert not clearly_worse(evaluation(random.permutation(base)), evaluation(base))
     assert clearly_worse(evaluation([0.02, 0.02]), evaluation([0.01, 0.01]))
     assert not clearly_worse(evaluation([0.02]), evaluation([0.01]))
-
-
-def test_the_loss_bound_lies_above_the_mean():
-    values = evaluation([0.01, 0.02, 0.03])
-    assert dnll_upper_nats(values) > values.dnll_nats
-    assert dnll_upper_nats(values, 0.99) > dnll_upper_nats(values, 0.8)
-
-
-def test_one_document_alone_is_judged_by_its_kl():
-    alone = Evaluation((100.0,), (1.0,), (5.0,))
-    assert 0.01 < dnll_upper_nats(alone) < 0.0125
-
-
-def test_many_documents_speak_for_themselves_and_few_lean_on_the_kl():
-    random = np.random.default_rng(0)
-    noise = random.normal(0, 0.01, 4000)
-
-    def bound(documents):
-        kl = (1.0,) * documents
-        dnll = tuple(100 * (0.008 + noise[:documents] - noise[:documents].mean()))
-        return dnll_upper_nats(Evaluation((100.0,) * documents, kl, dnll))
-
-    assert bound(4000) == pytest.approx(0.008, rel=0.05)
-    assert 0.009 < bound(8) < 0.0125

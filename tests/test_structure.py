@@ -30,7 +30,7 @@ LAYERS = (
     ("reference_model", "teacher", "score"),
     ("runtime", "switchable"),
     ("verify", "latency_model", "models"),
-    ("tables", "decide", "result", "planning"),
+    ("tables", "finalists", "decide", "result", "planning"),
     ("export", "report"),
     ("tune", "choosing", "cleaning", "doctor", "dry_run"),
     ("service",),

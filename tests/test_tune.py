@@ -79,6 +79,14 @@ def test_the_plan_is_what_was_chosen_and_certified(finished):
     assert set(finished.plan.configuration.values()) != {"fp32"}
 
 
+def test_the_report_says_why_this_point_and_how_loss_was_judged(finished):
+    report = finished.report
+    assert report["plan"]["why"].startswith(finished.chosen.name)
+    assert set(report["budget"]["loss_ratio"]) == {"mean", "error", "spread"}
+    assert set(report["calibration"]["rest_ms"]) == {"prefill", "decode"}
+    assert all(set(factors) == {"prefill", "decode"} for factors in report["calibration"]["factors"].values())
+
+
 def test_the_saved_model_is_the_certified_one(finished, home):
     loaded = autotune.load(home / "run")
     ids = torch.arange(10).view(1, 10)

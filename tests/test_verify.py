@@ -77,11 +77,21 @@ def test_a_mix_of_requests_is_weighed():
     run = measure(Fixed(COST), {"dense": {}}, parse("3*1,8,20+1*2,8,0"), 1e-9).runs[0]
     assert run.latency_ms.median == pytest.approx(0.75 * (1 + 20 * 2) + 0.25 * 8)
     assert run.prefill_ms.median == pytest.approx(0.75 * 1 + 0.25 * 8)
+    assert run.phases_ms["prefill"] == pytest.approx((0.75 * 1 + 0.25 * 8,) * MIN_ROUNDS)
+    assert run.phases_ms["decode"] == pytest.approx((0.75 * 20 * 2,) * MIN_ROUNDS)
+
+
+def test_a_phase_that_the_workload_does_not_have_is_not_there():
+    run = measure(Clock(COST), {"dense": {}}, parse("1,8,0"), 1e-9).runs[0]
+    assert set(run.phases_ms) == {"prefill"}
+    assert run.rounds_ms == run.phases_ms["prefill"]
 
 
 def made(**rounds):
     same = Interval(1.0, 1.0, 1.0)
-    return EndToEnd(tuple(Run(name, same, same, same, tuple(values)) for name, values in rounds.items()), "")
+    halves = {name: tuple(float(value) / 2 for value in values) for name, values in rounds.items()}
+    runs = (Run(name, same, same, same, {"prefill": half, "decode": half}) for name, half in halves.items())
+    return EndToEnd(tuple(runs), "")
 
 
 def test_savings_are_paired_by_round():
@@ -90,6 +100,17 @@ def test_savings_are_paired_by_round():
     saving = made(dense=drift, fast=drift - 1).saving_ms("fast")
     assert (saving.low, saving.median, saving.high) == pytest.approx((1, 1, 1))
     assert made(dense=drift, fast=drift / 2).speedup("fast").median == pytest.approx(2)
+
+
+def test_savings_of_phases_are_paired_by_round_too():
+    drift = tuple(np.linspace(10, 20, 20))
+    same = Interval(1.0, 1.0, 1.0)
+    dense = Run("dense", same, same, same, {"prefill": drift, "decode": drift})
+    mixed = {"prefill": tuple(value + 1 for value in drift), "decode": tuple(value - 3 for value in drift)}
+    found = EndToEnd((dense, Run("mixed", same, same, same, mixed)), "")
+    assert found.saving_ms("mixed", phase="prefill").median == pytest.approx(-1)
+    assert found.saving_ms("mixed", phase="decode").median == pytest.approx(3)
+    assert found.saving_ms("mixed").median == pytest.approx(2)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=30))

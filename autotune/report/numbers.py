@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from autotune import __version__
 from autotune.decide import configuration
 from autotune.documents import BUNDLED
+from autotune.finalists import front_ratio
 from autotune.model import load_tokenizer
 from autotune.planning import PACKAGES, why
 from autotune.report.numbers_front import front_rows, prediction
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from autotune.models import Models
     from autotune.result import Result
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SAMPLE_TOKENS = 48
 
 
@@ -91,7 +92,16 @@ def _budget(result: Result) -> dict[str, Any]:
         "min_speedup": config.min_speedup,
         "limit_nats": _finite(session.limit),
         "search_limit_nats": None if config.latency_only else _finite(session.search_limit),
+        "loss_ratio": _loss_ratio(result),
     }
+
+
+def _loss_ratio(result: Result) -> dict[str, float] | None:
+    """dNLL over KL, by which the search documents' KL was turned into a bound of the loss."""
+    if result.session.config.latency_only or result.front is None:
+        return None
+    ratio = front_ratio(result.front, result.session.search_limit)
+    return {"mean": ratio.mean, "error": ratio.error, "spread": ratio.spread}
 
 
 def _data(result: Result) -> dict[str, Any] | None:
@@ -135,6 +145,7 @@ def _plan(result: Result) -> dict[str, Any]:
         "loss_upper_95": None,
         "certified": "not_applicable",
         "statement": "certification not applicable: no loss was measured",
+        "why": result.reason,
         "speedup": asdict(result.end_to_end.speedup(chosen.name)) if result.end_to_end else None,
     }
     if certificate:
@@ -180,7 +191,8 @@ def _calibration(result: Result) -> dict[str, Any] | None:
     calibration = result.calibration
     if calibration is None or calibration.end_to_end is None:
         return None
-    return {"rest_ms": calibration.rest_us / 1e3, "factors": calibration.factors}
+    rest_ms = {phase: rest_us / 1e3 for phase, rest_us in calibration.rest_us.items()}
+    return {"rest_ms": rest_ms, "factors": calibration.factors}
 
 
 def _optuna(result: Result) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from autotune.decide import Point, configuration
+from autotune.decide import configuration
+from autotune.finalists import Point
 from autotune.search.problem import Candidate
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autotune.kernels.spec import KERNELS
 from autotune.planning import why
 from autotune.profilers import roofline
-from autotune.profilers.jobs import needed
+from autotune.profilers.jobs import Job, needed
 from autotune.profilers.memory import weight_bytes
 from autotune.profilers.table import shape_of
 from autotune.search.problem import GroupOptions, Option
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
 def group_rows(result: Result) -> list[dict[str, Any]]:
     assert result.problem and result.chosen
     options = result.problem.chosen(result.chosen.candidate.genotype)
+    session = result.session
+    status: Any = "runs" if session.local else "estimated"
+    jobs = needed(session.spec, result.space, session.target, session.workload, KERNELS, status)
     return [
-        _group(result, group, item, option)
+        _group(result, group, item, option, jobs)
         for group, item, option in zip(result.session.spec.groups, result.problem.groups, options, strict=True)
     ]
 
 
-def _group(result: Result, group: LayerGroup, item: GroupOptions, chosen: Option) -> dict[str, Any]:
+def _group(
+    result: Result, group: LayerGroup, item: GroupOptions, chosen: Option, jobs: Sequence[Job]
+) -> dict[str, Any]:
     dense = item.options[0]
     return {
         "name": group.name,
@@ -46,7 +52,7 @@ def _group(result: Result, group: LayerGroup, item: GroupOptions, chosen: Option
         "in_features": group.in_features,
         "out_features": group.out_features,
         "options": _options(result, group, item, chosen),
-        "roofline": _roofline(result, group, {dense.scheme, chosen.scheme}),
+        "roofline": _roofline(result, group, {dense.scheme, chosen.scheme}, jobs),
     }
 
 
@@ -72,11 +78,9 @@ def _options(result: Result, group: LayerGroup, item: GroupOptions, chosen: Opti
     return rows
 
 
-def _roofline(result: Result, group: LayerGroup, schemes: set[str]) -> list[dict[str, Any]]:
+def _roofline(result: Result, group: LayerGroup, schemes: set[str], jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Isolated kernel times against the least time the ceilings allow."""
     session = result.session
-    status: Any = "runs" if session.local else "estimated"
-    jobs = needed(session.spec, result.space, session.target, session.workload, KERNELS, status)
     rows = []
     for phase in session.workload.phases:
         for job in jobs:
@@ -92,7 +96,7 @@ def _roofline(result: Result, group: LayerGroup, schemes: set[str]) -> list[dict
     return rows
 
 
-def _roof_row(result: Result, phase: str, job: Any, measured_us: float, weights: int) -> dict[str, Any]:
+def _roof_row(result: Result, phase: str, job: Job, measured_us: float, weights: int) -> dict[str, Any]:
     ceilings = result.session.target.ceilings
     moved = weights + roofline.activation_bytes(job)
     working_set = math.inf if job.resident_bytes is None else job.resident_bytes

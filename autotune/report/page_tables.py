@@ -113,12 +113,17 @@ def _calibration(report: Report) -> Html:
     calibration = report["calibration"]
     if not calibration:
         return Html("")
-    rows = [(scheme_name(name), f"{factor:.3f}") for name, factor in calibration["factors"].items()]
+    rest = calibration["rest_ms"]
+    rows = [
+        (scheme_name(name), *(f"{factors[phase]:.3f}" for phase in rest))
+        for name, factors in calibration["factors"].items()
+    ]
     note = (
-        f"A prediction is {words.ms(calibration['rest_ms'])} for everything that is not a layer group, plus "
-        "each group's kernel time measured alone, times its scheme's factor."
+        f"A prediction is {words.ms(sum(rest.values()))} for everything that is not a layer group, plus "
+        "each group's kernel time measured alone, times its scheme's factor in that phase."
     )
-    return tag("div", tag("h3", "Calibration"), table(("scheme", "factor"), rows, (1,)), tag("p", note, class_="note"))
+    drawn = table(("factor", *rest), rows, numbers=tuple(range(1, len(rest) + 1)))
+    return tag("div", tag("h3", "Calibration"), drawn, tag("p", note, class_="note"))
 
 
 def setting(report: Report) -> Html:
@@ -134,7 +139,12 @@ def setting(report: Report) -> Html:
         "ceilings": f"from {target['ceilings']['source']}, {target['ceilings']['launch_us']:g} µs a kernel call",
         "workload": words.workload(report),
         "budget": words.budget(report),
+        "chosen": report["plan"]["why"],
     }
+    ratio = report["budget"]["loss_ratio"]
+    if ratio:
+        said = f"{ratio['mean']:.2f} ± {ratio['error']:.2f}, between configurations ± {ratio['spread']:.2f}"
+        rows["loss per nat of KL, while searching"] = said
     if data:
         sets = [f"{key} {data['documents'][key]:,} with {data['tokens'][key]:,}" for key in data["documents"]]
         rows |= {"data": f"{data['name']} ({data['digest'][:12]}), tokens: {data['unit']}"}

@@ -40,6 +40,7 @@ def print_summary(report: Report, console: Console, next_command: str = "autotun
     console.print(statement)
     counts = sorted(report["schemes"].items(), key=lambda item: -item[1])
     console.print(Text("Schemes: " + ", ".join(words.many(count, scheme) for scheme, count in counts)))
+    console.print(Text(f"Chosen: {plan['why']}"))
     for notice in words.notices(report):
         console.print(Text(f"Note: {notice}", style="yellow"))
     _samples(report, console)

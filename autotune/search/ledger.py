@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from autotune.search.front import fits
 from autotune.search.problem import Budget, Candidate, Evaluate, Evaluation, Genotype, Problem
+from autotune.search.ratio import LossRatio, loss_ratio
 
 Progress = Callable[[int, int, float | None], None]
 
@@ -60,6 +61,10 @@ class Ledger:
         if self._progress is not None:
             self._progress(len(self.candidates), max(self.planned, len(self.candidates)), self._best)
         return candidate
+
+    def loss_ratio(self) -> LossRatio:
+        """What everything measured so far says of dNLL over KL."""
+        return loss_ratio([item.evaluation for item in self.candidates.values()], self.budget.max_loss_nats)
 
     def look(self, genotype: Genotype, look: int) -> Evaluation:
         """Loss on the prefix `look`. Documents already seen for this genotype are not charged again."""

@@ -15,10 +15,11 @@ import numpy as np
 from scipy.stats import t as student
 
 from autotune.search.correction import fit
-from autotune.search.front import dnll_upper_nats, pareto_candidates
+from autotune.search.front import pareto_candidates
 from autotune.search.knapsack import Floats
 from autotune.search.ledger import Ledger
 from autotune.search.problem import Budget, Candidate, Evaluation, Genotype
+from autotune.search.ratio import LossRatio, dnll_upper_nats
 from autotune.search.study import Decoder
 
 ARMS = 4  # moves a race starts with
@@ -33,7 +34,7 @@ def refine(ledger: Ledger, decode: Decoder, evaluations: float, seed: int) -> No
     turn = idle = 0
     tried: set[Genotype] = set()  # a move that lost a race is not proposed again: that would cost nothing, for ever
     while ledger.spent < end:
-        targets = focus(pareto_candidates(ledger.candidates.values()), ledger.budget)
+        targets = focus(pareto_candidates(ledger.candidates.values()), ledger.budget, ledger.loss_ratio())
         if idle >= max(NEAREST, len(targets)) or not targets:
             return
         incumbent = targets[turn % len(targets)]
@@ -47,7 +48,7 @@ def refine(ledger: Ledger, decode: Decoder, evaluations: float, seed: int) -> No
         turn += 1
 
 
-def focus(front: list[Candidate], budget: Budget) -> list[Candidate]:
+def focus(front: list[Candidate], budget: Budget, ratio: LossRatio) -> list[Candidate]:
     """The members of the front nearest the limit, nearest first; without a limit all. Lossless ones stay out."""
     lossy = [item for item in front if item.evaluation.kl_nats > 0]
     if budget.max_latency_us is not None:
@@ -58,7 +59,7 @@ def focus(front: list[Candidate], budget: Budget) -> list[Candidate]:
         return lossy
 
     def distance(candidate: Candidate) -> float:
-        loss = max(dnll_upper_nats(candidate.evaluation), 1e-3 * budget.max_loss_nats)
+        loss = max(dnll_upper_nats(candidate.evaluation, ratio), 1e-3 * budget.max_loss_nats)
         return abs(math.log(loss / budget.max_loss_nats))
 
     return sorted(lossy, key=distance)[:NEAREST]

@@ -22,11 +22,12 @@ import numpy as np
 from autotune.errors import UsageError
 from autotune.search import baselines
 from autotune.search.correction import Fit, fit
-from autotune.search.front import dnll_upper_nats, excess, pareto
+from autotune.search.front import excess, pareto
 from autotune.search.knapsack import Table
 from autotune.search.ledger import Ledger, Progress, Stopped
 from autotune.search.problem import Budget, Candidate, Evaluate, Front, Genotype, Problem, Trial
 from autotune.search.race import refine
+from autotune.search.ratio import dnll_upper_nats
 from autotune.search.study import TARGET, Decoder, Outer, Params, Study, decoder, target_grid
 
 ALONG = 4  # points between dense and the fastest, whatever the budget
@@ -169,7 +170,8 @@ def _aim(ledger: Ledger, decode: Decoder, fitted: Fit, number: int) -> float:
 
 def _calibration(ledger: Ledger, fitted: Fit, limit: float) -> float:
     """Measured loss bound over predicted KL, for the candidates nearest the budget."""
-    bounds = [(item.genotype, dnll_upper_nats(item.evaluation)) for item in ledger.candidates.values()]
+    ratio = ledger.loss_ratio()
+    bounds = [(item.genotype, dnll_upper_nats(item.evaluation, ratio)) for item in ledger.candidates.values()]
     usable = [(genotype, bound) for genotype, bound in bounds if bound > 0 and fitted.kl_nats(genotype) > 0]
     usable.sort(key=lambda pair: abs(math.log(pair[1] / limit)) if limit > 0 else pair[1])
     ratios = [bound / fitted.kl_nats(genotype) for genotype, bound in usable[:NEIGHBOURS]]

@@ -1,0 +1,165 @@
+"""Which points of a front are worth running, which of them are to be certified, and which one is taken in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autotune.certify import Certificate
+from autotune.errors import InfeasibleError
+from autotune.search.front import excess, fits, pareto_candidates
+from autotune.search.problem import Budget, Candidate, Front, Problem
+from autotune.search.ratio import LossRatio, dnll_upper_nats, loss_ratio
+from autotune.session import Session
+from autotune.verify import EndToEnd
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration worth measuring. `finalist`: within the search's limits, to be certified."""
+
+    name: str
+    candidate: Candidate
+    finalist: bool
+
+
+def search_budget(session: Session, problem: Problem) -> Budget:
+    """What the search aims at: its own, lower loss limit, and the limits on bytes and latency as they were given."""
+    config = session.config
+    limit_us = None if config.min_speedup is None else problem.latency_us(problem.dense) / config.min_speedup
+    return Budget(session.search_limit, config.max_memory_bytes, limit_us)
+
+
+def front_ratio(front: Front, limit_nats: float) -> LossRatio:
+    """dNLL over KL from everything that the search measured: what its candidates are judged by in the end."""
+    return loss_ratio([candidate.evaluation for candidate in front.candidates], limit_nats)
+
+
+def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]:
+    """Finalists (the fastest few within the limits) and other points along the front, fastest first.
+
+    Raises:
+        InfeasibleError: `search.infeasible` with the nearest feasible point.
+    """
+    config = session.config
+    budget = search_budget(session, problem)
+    ratio = front_ratio(front, session.search_limit)
+    feasible = [candidate for candidate in front.candidates if fits(candidate, budget, ratio)]
+    if not feasible:
+        raise _infeasible(front, problem, budget, ratio)
+    best = feasible if config.latency_only else pareto_candidates(feasible)
+    compressed = [c for c in best if c.genotype != problem.dense] or feasible[:1]
+    fastest_first = sorted(compressed, key=lambda c: c.latency_us)
+    finalists = _finalists(fastest_first, config.finalists, session.search_limit, ratio)
+    others = [c for c in _along(front, session) if c not in finalists and c.genotype != problem.dense]
+    others = _evenly(others, max(0, config.measured_points - len(finalists)))
+    chosen = sorted([*finalists, *others], key=lambda c: c.latency_us)
+    return [Point(_point_name(problem, c, n), c, c in finalists) for n, c in enumerate(chosen)]
+
+
+def _point_name(problem: Problem, candidate: Candidate, number: int) -> str:
+    """ "dense" and "uniform SCHEME" where that is what it is, else "point N"."""
+    if candidate.genotype == problem.dense:
+        return "dense"
+    names = {option.scheme for option in problem.chosen(candidate.genotype)}
+    uniform = next((name for name in sorted(names) if problem.uniform(name) == candidate.genotype), None)
+    return f"uniform {uniform}" if uniform else f"point {number}"
+
+
+def _along(front: Front, session: Session) -> list[Candidate]:
+    if session.config.latency_only:
+        return list(front.candidates)
+    uniform = [c for c in front.candidates if c.source.startswith("uniform")]
+    pareto = [front.candidates[index] for index in front.pareto]
+    return list(dict.fromkeys([*uniform, *pareto]))
+
+
+def _finalists(candidates: Sequence[Candidate], count: int, limit: float, ratio: LossRatio) -> list[Candidate]:
+    """The fastest few, and as the safest one the fastest that uses a third of the budget.
+
+    Certification goes from safest to fastest and stops at the first failure: without a safe start, bad luck on the
+    first would leave nothing certified.
+    """
+    fastest = _spread(candidates, count)
+    safe = [c for c in candidates if dnll_upper_nats(c.evaluation, ratio) <= limit / 3]
+    if count > 1 and safe and not any(c in fastest for c in safe):
+        return [*fastest[: count - 1], safe[0]]
+    return fastest
+
+
+def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -> list[Candidate]:
+    """The fastest `count`, skipping any that is within 0.5% of one already taken: they could not be told apart."""
+    taken: list[Candidate] = []
+    for candidate in candidates:
+        if all(abs(candidate.latency_us / other.latency_us - 1) > apart for other in taken):
+            taken.append(candidate)
+        if len(taken) == count:
+            break
+    return taken
+
+
+def _evenly(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Uniform baselines first, then the points nearest to latencies spread evenly over the range."""
+    first = [c for c in candidates if c.source.startswith("uniform")][:count]
+    rest = [c for c in candidates if c not in first]
+    room = min(count - len(first), len(rest))
+    if room <= 0:
+        return first
+    slowest, fastest = max(c.latency_us for c in rest), min(c.latency_us for c in rest)
+    for step in range(room):
+        target = slowest - (slowest - fastest) * step / max(1, room - 1)
+        nearest = min(rest, key=lambda c: abs(c.latency_us - target))
+        rest.remove(nearest)
+        first.append(nearest)
+    return first
+
+
+def _infeasible(front: Front, problem: Problem, budget: Budget, ratio: LossRatio) -> InfeasibleError:
+    def distance(candidate: Candidate) -> float:
+        scale = {"loss": budget.max_loss_nats, "bytes": budget.max_bytes or 1, "latency": budget.max_latency_us or 1}
+        return max(value / scale[name] for name, value in excess(candidate, budget, ratio).items())
+
+    nearest = min(front.candidates, key=distance)
+    speedup = problem.latency_us(problem.dense) / nearest.latency_us
+    loss = math.expm1(nearest.evaluation.dnll_nats)
+    what = f"{speedup:.2f}x dense, {nearest.weight_bytes / 2**20:.1f} MiB, loss {loss:.2%} on the search documents"
+    missed = ", ".join(name for name, value in excess(nearest, budget, ratio).items() if value > 0)
+    return InfeasibleError(
+        "search.infeasible",
+        f"no configuration meets the budget ({missed}); the nearest is {what}.",
+        "Relax the budget to that point, or allow more schemes.",
+    )
+
+
+def choose(
+    points: Sequence[Point],
+    certificates: Mapping[str, Certificate],
+    end_to_end: EndToEnd | None,
+    needs_certificate: bool,
+) -> tuple[Point, str]:
+    """The finalist to take, and why in one sentence.
+
+    Of those that passed certification the fastest, or the safest of those that the run cannot tell from it. If none
+    passed, the safest one tested (its state says so).
+    """
+
+    def latency(point: Point) -> float:
+        return end_to_end.of(point.name).latency_ms.median if end_to_end else point.candidate.latency_us
+
+    finalists = [point for point in points if point.finalist]
+    how = "measured" if end_to_end else "predicted"
+    if not needs_certificate:
+        fastest = min(finalists, key=latency)
+        return fastest, f"{fastest.name} is the fastest {how}"
+    passing = [p for p in finalists if p.name in certificates and certificates[p.name].state == "certified"]
+    if not passing:
+        safest = min(finalists, key=lambda point: point.candidate.evaluation.kl_nats)
+        return safest, f"{safest.name} is the safest; none of the finalists was certified"
+    fastest = min(passing, key=latency)
+    alike = [p for p in passing if end_to_end and end_to_end.saving_ms(p.name, fastest.name).high >= 0]
+    # Certification holds for all that passed together, so choosing among them by what it saw breaks no claim.
+    safest = min(alike, key=lambda point: (certificates[point.name].loss.upper, latency(point)), default=fastest)
+    if safest is fastest:
+        return fastest, f"{fastest.name} is the fastest {how} of {len(passing)} certified"
+    return safest, f"{safest.name} is as fast as {fastest.name} within what the run can tell, and safer"
