@@ -33,7 +33,8 @@ class RunConfig(BaseModel):
     fast: bool = False
     latency_only: bool = False
 
-    # How much is measured; the defaults fit a small model on a small machine.
+    # How much is measured. The defaults fit models of up to 50M parameters; where a larger one is tuned and a size was
+    # not given, `samples.resolve` takes less.
     rounds: int = Field(default=20, ge=20)  # interleaved rounds a latency
     calibration_tokens: int = Field(default=16_384, ge=64)
     score_tokens: int = Field(default=16_384, ge=64)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from autotune import tables
+from autotune import samples, tables
 from autotune.config import RunConfig
 from autotune.profilers.memory import weight_bytes
 from autotune.run import RunFolder, silent
@@ -19,6 +19,8 @@ from autotune.session import Session, open_session
 
 _FORWARD_SHARE = 0.4  # of the peak rate that a whole forward pass reaches; measured 0.3 to 0.6 on small models
 _SECONDS_PER_ROW = 0.15  # one kernel latency: gate, warm-up, 20 rounds
+_SECONDS_PER_WEIGHT = 2e-8  # a compressed weight: clipping search when it is made, unpacked a few times
+_PYTHON_BYTES = 2**29  # Python, torch and transformers
 
 
 def print_dry_run(config: RunConfig, console: Console) -> None:
@@ -33,6 +35,8 @@ def print_dry_run(config: RunConfig, console: Console) -> None:
         entries = [entry for entry in space.entries if entry.group == groups[0].name]
         table.add_row(*_row(groups, entries))
     console.print(table)
+    if not session.config.latency_only:
+        console.print(_samples(session))
     minutes, memory, disk = _expected(session, space)
     console.print(f"about {minutes:.0f} min, {memory / 2**30:.1f} GiB of memory, {disk / 2**20:.0f} MiB of disk")
 
@@ -52,19 +56,38 @@ def _row(groups: Sequence[LayerGroup], entries: Sequence[Entry]) -> tuple[str, s
     return f"{len(groups)} x {first.role}", f"{first.out_features} x {first.in_features}", legal, illegal
 
 
+def _samples(session: Session) -> str:
+    config = session.config
+    tokens = f"calibration {config.calibration_tokens:,}, score {config.score_tokens:,} in documents of"
+    tokens += f" {config.score_length}, search {config.search_tokens:,}, certification {config.certify_tokens:,} tokens"
+    text = f"{tokens}; {config.trials} trials, {config.finalists} finalists; losses in {session.arithmetic}"
+    note = samples.reduced(config, session.spec)
+    return f"{text}\n{note}" if note else text
+
+
 def _expected(session: Session, space: SearchSpace) -> tuple[float, float, float]:
     """(minutes, bytes of memory, bytes of disk), rough: arithmetic over the machine's measured ceilings."""
     spec, config = session.spec, session.config
-    parameters = sum(group.weights for group in spec.groups)
     wanted = [e for e in space.usable() if not scheme(e.scheme).is_dense]
     disk = sum(weight_bytes(scheme(e.scheme), spec.group(e.group), spec.dtype) for e in wanted)
     rows = len({(e.scheme, g.out_features, g.in_features) for e in space.usable() for g in [spec.group(e.group)]})
     seconds = 60.0 + rows * 2 * _SECONDS_PER_ROW
-    memory = 2 * spec.dense_bytes + disk
-    if not config.latency_only:
-        tokens = config.calibration_tokens + config.score_tokens * (2 + 2 * config.score_draws)
-        tokens += config.search_tokens * (config.trials + 15) + config.certify_tokens * (config.finalists + 1)
-        rate = session.target.ceilings.tera_ops.get("fp32", 0.1) * 1e12 * _FORWARD_SHARE
-        seconds += 2 * parameters * tokens / rate
-        memory += 8 * parameters
-    return seconds / 60, memory, disk
+    runnable = 2 * spec.dense_bytes + disk
+    if config.latency_only:
+        return seconds / 60, runnable + _PYTHON_BYTES, disk
+    seconds += _loss_seconds(session) + _SECONDS_PER_WEIGHT * sum(spec.group(e.group).weights for e in wanted)
+    # The dense model and, beside it, a candidate's weights or what scoring keeps of a batch of documents.
+    losses = 2 * samples.parameters(spec) * (2 if session.arithmetic == "bf16" else 4) + 2**30
+    memory = max(runnable, losses) if session.large else runnable + losses
+    return seconds / 60, memory + _PYTHON_BYTES, disk
+
+
+def _loss_seconds(session: Session) -> float:
+    """Every token that passes through the model costs two operations a weight."""
+    config, ceilings = session.config, session.target.ceilings.tera_ops
+    weights = sum(group.weights for group in session.spec.groups)
+    # Scoring: a forward pass, and for every draw a backward pass and one or two products of equal cost.
+    tokens = config.calibration_tokens + config.score_tokens * (1 + 2.5 * config.score_draws)
+    work = {session.arithmetic: tokens + config.search_tokens * (config.trials + 15)}
+    work[session.spec.dtype] = work.get(session.spec.dtype, 0.0) + config.certify_tokens * (config.finalists + 1)
+    return sum(2 * weights * count / (ceilings.get(name, 0.1) * 1e12 * _FORWARD_SHARE) for name, count in work.items())

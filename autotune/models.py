@@ -1,4 +1,8 @@
-"""A run's models, loaded on first use: a resumed run that finds its tables loads no weights before it must."""
+"""A run's models, loaded on first use: a resumed run that finds its tables loads no weights before it must.
+
+Two hold weights: the dense one that losses are measured on, and the runnable one with every scheme's packed weights. Of
+a large model only one is in memory at a time; it is loaded again when its turn comes, which costs seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from functools import cached_property
 from torch import nn
 
 from autotune.compress.database import WeightDatabase
+from autotune.kernels.allocator import give_back
 from autotune.profilers.latency import LatencyTable
 from autotune.reference_model import ReferenceModel
 from autotune.search_space.space import SearchSpace
@@ -26,9 +31,16 @@ class Models:
         self.table = table
         self.database: WeightDatabase | None = None
 
+    def make_room(self) -> None:
+        """Between stages that need different models: let go of large ones."""
+        if self.session.large:
+            for name in ("teacher", "reference", "dense", "runnable"):
+                self.__dict__.pop(name, None)
+            give_back()
+
     @cached_property
     def dense(self) -> nn.Module:
-        """The dense model in fp32; `reference` takes it over."""
+        """The dense model in the session's arithmetic; `reference` takes it over."""
         return self.session.reference()
 
     @cached_property

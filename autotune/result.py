@@ -25,6 +25,7 @@ class Result:
     table: LatencyTable
     database: WeightDatabase | None = None
     losses: LossTable | None = None
+    floor_nats: float | None = None  # KL that the arithmetic of losses costs by itself; None: fp32, or not measured
     calibration: Calibration | None = None
     problem: Problem | None = None
     front: Front | None = None

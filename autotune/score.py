@@ -25,9 +25,13 @@ import torch
 from autotune.kernels.reference import quantize_activations
 from autotune.reference_model import ReferenceModel
 from autotune.search_space.groups import LayerGroup
-from autotune.search_space.schemes import scheme
+from autotune.search_space.schemes import NumberFormat, scheme
 from autotune.search_space.space import SearchSpace
 from autotune.teacher import Teacher
+
+_BATCH_BYTES = 2**28  # inputs and gradients of a batch of documents; more where the model itself needs more
+# Weights are taken in pieces of so many: bf16 products are made, widened and summed while they are in cache.
+_PIECE_WEIGHTS = {torch.float32: 2**22, torch.bfloat16: 2**18}
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ def score(
 ) -> LossTable:
     """Fisher estimate for every usable compressed entry of the space.
 
+    Documents are taken in batches whose inputs and gradients need about as much memory as the model's weights, so that
+    each (group, scheme) is dequantized once a batch; batches change nothing in the result.
+
     Args:
         documents: token ids, each (positions,); 96 of 256 tokens give about 10% relative error.
         draws: label draws a document.
@@ -81,13 +88,20 @@ def score(
     generator = torch.Generator().manual_seed(seed)
     squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
     weights: list[float] = []
+    room = max(_BATCH_BYTES, model.weight_bytes)
     model.select({})
+    batch: list[_Tap] = []
     with _Taps(model) as taps:
         for number, document in enumerate(documents):
-            weights.append(_backward(model, document, taps, draws, generator))
+            weight, tap = _backward(model, document, taps, draws, generator)
+            weights.append(weight)
+            batch.append(tap)
+            if sum(item.bytes for item in batch) < room and number + 1 < len(documents):
+                continue
             for group in model.spec.groups:
-                for name, value in _sums(model, group, schemes[group.name], taps).items():
-                    squares[group.name, name].append(value)
+                for name, values in _sums(model, group, schemes[group.name], batch).items():
+                    squares[group.name, name] += values
+            batch.clear()
             if progress:
                 progress(number + 1, len(documents))
     half = 1.0 if model.spec.task == "encoder" else 0.5
@@ -110,14 +124,26 @@ def one_at_a_time(
     return LossTable(tuple(rows))
 
 
+@dataclass(frozen=True)
+class _Tap:
+    """What one document leaves behind, in the dtype of the model's weights."""
+
+    inputs: dict[str, torch.Tensor]  # group -> (tokens, in_features)
+    gradients: dict[str, list[torch.Tensor]]  # group -> one (tokens, out_features) a draw
+
+    @property
+    def bytes(self) -> int:
+        gradients = sum(tensor.nbytes for tensors in self.gradients.values() for tensor in tensors)
+        return gradients + sum(tensor.nbytes for tensor in self.inputs.values())
+
+
 class _Taps:
-    """While active, keeps each group's input and the gradients at its members' outputs of the last forward pass."""
+    """While active, keeps each group's input and its members' outputs of the last forward pass."""
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model = model
         self.inputs: dict[str, torch.Tensor] = {}  # group -> (tokens, in_features)
         self.outputs: dict[str, list[torch.Tensor]] = {}  # group -> members' outputs, kept for autograd
-        self.gradients: dict[str, list[torch.Tensor]] = {}  # group -> one (tokens, out_features) a draw
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Taps:
@@ -136,7 +162,7 @@ class _Taps:
     def _record(self, name: str, index: int) -> Any:
         def hook(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if index == 0:
-                self.inputs[name] = args[0].detach().flatten(0, -2)
+                self.inputs[name] = args[0].detach().flatten(0, -2).to(self.model.dtype)
                 self.outputs[name] = []
             self.outputs[name].append(output)
 
@@ -145,22 +171,22 @@ class _Taps:
 
 def _backward(
     model: ReferenceModel, document: torch.Tensor, taps: _Taps, draws: int, generator: torch.Generator
-) -> float:
-    """Fill `taps` for one document; returns what its loss is divided by: scored tokens, or the output's norm."""
+) -> tuple[float, _Tap]:
+    """(what the document's loss is divided by: scored tokens, or the output's norm; its inputs and gradients)."""
+    gradients: dict[str, list[torch.Tensor]] = {group.name: [] for group in model.spec.groups}
     with torch.enable_grad():
         output = model.model(document.unsqueeze(0))
-        names = [group.name for group in model.spec.groups]
-        flat = [tensor for name in names for tensor in taps.outputs[name]]
-        taps.gradients = {name: [] for name in names}
+        flat = [tensor for name in gradients for tensor in taps.outputs[name]]
         for draw in range(draws):
             objective, weight = _objective(model, output, generator)
-            grads = torch.autograd.grad(objective, flat, retain_graph=draw + 1 < draws)
-            rest = iter(grads)
-            for name in names:
-                parts = [next(rest).flatten(0, -2) for _ in taps.outputs[name]]
-                taps.gradients[name].append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+            rest = iter(torch.autograd.grad(objective, flat, retain_graph=draw + 1 < draws))
+            for name, made in gradients.items():
+                parts = [next(rest).flatten(0, -2).to(model.dtype) for _ in taps.outputs[name]]
+                made.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+    tap = _Tap(dict(taps.inputs), gradients)
+    taps.inputs.clear()
     taps.outputs.clear()
-    return weight
+    return weight, tap
 
 
 def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -> tuple[torch.Tensor, float]:
@@ -174,29 +200,46 @@ def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -
     return logits.log_softmax(-1).gather(1, labels).sum(), float(len(labels))
 
 
-def _sums(model: ReferenceModel, group: LayerGroup, names: Sequence[str], taps: _Taps) -> dict[str, float]:
-    """Scheme -> mean over draws of (sum over positions of <g, dY>)^2."""
-    x, gradients = taps.inputs[group.name], taps.gradients[group.name]
-    formats = {name: scheme(name).activation for name in names}
-    plain = _products(gradients, x)  # (draws, out * in)
-    values: dict[str, torch.Tensor] = {}
-    for form in dict.fromkeys(formats.values()):
-        # <P', W'> - <P, W> in two small terms rather than one difference of large ones.
-        products, base = plain, torch.zeros(len(plain))
-        if form is not None:
-            products = _products(gradients, quantize_activations(x, form))
-            base = (products - plain) @ model.dense_weight(group).view(-1)
-        for name in (name for name in names if formats[name] == form):
-            values[name] = base + products @ model.change(group, name).view(-1)
-    return {name: float(value.double().square().mean()) for name, value in values.items()}
+def _sums(
+    model: ReferenceModel, group: LayerGroup, names: Sequence[str], batch: Sequence[_Tap]
+) -> dict[str, list[float]]:
+    """Scheme -> for every document the mean over draws of (sum over positions of <g, dY>)^2.
+
+    With P = G^T X and D = G^T (X' - X) that sum is <P, W' - W> + <D, W'>: small terms only, no difference of large
+    ones.
+    """
+    forms = {name: scheme(name).activation for name in names}
+    quantized = [form for form in dict.fromkeys(forms.values()) if form is not None]
+    inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
+    moved = {form: [_moved(x, form) for x in inputs] for form in quantized}
+    draws = len(batch[0].gradients[group.name])
+    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64) for name in names}
+    step = max(1, _PIECE_WEIGHTS[model.dtype] // group.in_features)
+    for start in range(0, group.out_features, step):
+        rows = slice(start, start + step)
+        changes = {name: model.change(group, name, rows).view(-1) for name in names}
+        dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0)
+        for number, tap in enumerate(batch):
+            gradients = [gradient[:, rows] for gradient in tap.gradients[group.name]]  # each (tokens, rows)
+            plain = _products(gradients, inputs[number])  # (draws, rows * in)
+            extra = {form: _products(gradients, moved[form][number]) for form in quantized}
+            base = {form: products @ dense for form, products in extra.items()}
+            for name, form in forms.items():
+                sums[name][number] += plain @ changes[name]
+                if form is not None:
+                    sums[name][number] += base[form] + extra[form] @ changes[name]
+    return {name: value.square().mean(1).tolist() for name, value in sums.items()}
+
+
+def _moved(x: torch.Tensor, form: NumberFormat) -> torch.Tensor:
+    """X' - X, taken before it is rounded to the dtype of x: there X' itself could not be told from X."""
+    wide = x.float()
+    return (quantize_activations(wide, form) - wide).to(x.dtype)
 
 
 def _products(gradients: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """G^T X of every draw, flattened: (draws, out_features * in_features)."""
-    out = torch.empty(len(gradients), gradients[0].shape[1], x.shape[1])
-    for draw, gradient in enumerate(gradients):
-        torch.mm(gradient.t(), x, out=out[draw])
-    return out.view(len(gradients), -1)
+    """G^T X of every draw, flattened: (draws, rows * in_features) fp32."""
+    return torch.stack([gradient.t() @ x for gradient in gradients]).float().view(len(gradients), -1)
 
 
 def _row(key: tuple[str, str], sums: np.ndarray, weights: np.ndarray, method: str) -> LossRow:

@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 
 from autotune import documents as documents_module
+from autotune import samples
 from autotune.certify import expected_error
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
 from autotune.errors import UsageError
-from autotune.model import OpenModel, load_model, load_tokenizer, open_model
+from autotune.model import OpenModel, load_mixed, load_model, load_tokenizer, open_model
 from autotune.profilers.probe import probe
 from autotune.run import Reporter, RunFolder
 from autotune.search_space import workload as workload_module
@@ -49,6 +50,17 @@ class Session:
     @property
     def encoder(self) -> bool:
         return self.spec.task == "encoder"
+
+    @property
+    def large(self) -> bool:
+        """Whether models are too large to be kept side by side. It follows from the model alone, not from the machine:
+        arithmetic depends on it, and a resumed run must not change that."""
+        return samples.parameters(self.spec) > samples.LARGE
+
+    @property
+    def arithmetic(self) -> str:
+        """What losses are measured in: "fp32", or "bf16" products for large models that are run in bf16 anyway."""
+        return "bf16" if self.large and self.spec.dtype == "bf16" else "fp32"
 
     @cached_property
     def documents(self) -> Documents:
@@ -99,22 +111,22 @@ class Session:
         return step
 
     def reference(self) -> torch.nn.Module:
-        """The dense model in fp32, for calibration and losses."""
+        """The dense model in `arithmetic`, for calibration and losses."""
         self.report("load", 0, 1)
-        model = load_model(self.opened, torch.float32)
+        model = load_mixed(self.opened) if self.arithmetic == "bf16" else load_model(self.opened, torch.float32)
         self.report("load", 1, 1)
         return model
 
 
 def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Session:
-    """Open the model's description and resolve target and workload; no weight is allocated."""
+    """Open the model's description, resolve target, workload and sample sizes; no weight is allocated."""
     report("open", 0, 1)
     workload = workload_module.parse(config.workload)
     chosen, local = resolve_target(config.target)
     opened = open_model(config.model, config.dtype, config.latency_only)
     _check_length(workload, opened.positions)
     report("open", 1, 1)
-    return Session(folder, config, opened, chosen, local, workload, report)
+    return Session(folder, samples.resolve(config, opened.spec), opened, chosen, local, workload, report)
 
 
 def resolve_target(name: str) -> tuple[Target, bool]:

@@ -121,6 +121,17 @@ def prune_losses(session: Session, space: SearchSpace, losses: LossTable) -> Sea
     return space.without(dropped)
 
 
+def arithmetic_floor(session: Session, models: Models) -> float | None:
+    """KL, in nats a token, of the dense model in bf16 products from itself in fp32; None where losses are in fp32."""
+    if session.arithmetic == "fp32":
+        return None
+    assert models.database is not None
+    inputs = [session.spec.model_hash, session.documents.digest, session.config.search_tokens]
+    return session.folder.json_stage(
+        "arithmetic", [*inputs, session.config.search_length], lambda: models.teacher.floor(), float, float
+    )
+
+
 def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[str]]:
     """Group -> usable schemes, the dense one first."""
     return {group.name: [entry.scheme for entry in space.schemes(group.name)] for group in session.spec.groups}

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from autotune.reference_model import ReferenceModel
 from autotune.search.problem import Evaluation
 
-_CACHE_BYTES = 2**30
+_CACHE_BYTES = 3 * 2**29  # dense outputs that are kept: 2,048 tokens of a vocabulary of 150,000 fit
+_HELD_BYTES = 2**28  # of those that are not, made at a time: switching to the dense model and back costs too
 _CHUNK_ELEMENTS = 2**22  # logits are compared in pieces of tokens that stay in cache
 
 
@@ -33,14 +34,25 @@ class Teacher:
 
     def measure(self, configuration: Mapping[str, str], look: int = -1) -> Evaluation:
         """Loss of group name -> scheme name (groups not named stay dense) on the documents of a look."""
-        compare = self._compare_embeddings if self.encoder else self._compare_logits
-        rows = []
-        for index in range(self.looks[look]):
-            dense = self._dense(index)
+        rows: list[tuple[float, float, float]] = []
+        while len(rows) < self.looks[look]:
+            dense = self._some_dense(len(rows), self.looks[look])
             self.model.select(configuration)
-            rows.append(compare(dense, self.model.outputs(self.documents[index]).float(), self.documents[index]))
+            for output in dense:
+                document = self.documents[len(rows)]
+                rows.append(self._compare(output, self.model.outputs(document).float(), document))
         tokens, kl, dnll = zip(*rows, strict=True)
         return Evaluation(tokens, kl, dnll)
+
+    def floor(self) -> float:
+        """KL, in nats a token, of the dense model from itself computed exactly, on the first look's documents."""
+        self.model.select({})
+        rows = []
+        for index in range(self.looks[0]):
+            with self.model.exact():
+                exact = self.model.outputs(self.documents[index]).float()
+            rows.append(self._compare(exact, self._dense(index), self.documents[index]))
+        return sum(row[1] for row in rows) / sum(row[0] for row in rows)
 
     def perplexity(self) -> float:
         """The dense model's, on all documents; for an encoder this is not defined and 0 is returned."""
@@ -49,6 +61,16 @@ class Teacher:
         total = sum(float(_nll(self._dense(i), document).sum()) for i, document in enumerate(self.documents))
         tokens = sum(len(document) - 1 for document in self.documents)
         return float(torch.tensor(total / tokens).exp())
+
+    def _some_dense(self, start: int, stop: int) -> list[torch.Tensor]:
+        """The dense outputs of documents from `start` on: up to `stop`, or as many as are worth holding."""
+        outputs: list[torch.Tensor] = []
+        held = 0
+        while start + len(outputs) < stop and held <= _HELD_BYTES:
+            output = self._dense(start + len(outputs))
+            held += 0 if start + len(outputs) in self._outputs else output.nbytes
+            outputs.append(output)
+        return outputs
 
     def _dense(self, index: int) -> torch.Tensor:
         if index in self._outputs:
@@ -59,6 +81,10 @@ class Teacher:
             self._outputs[index] = output
             self._cached_bytes += output.nbytes
         return output
+
+    def _compare(self, dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor) -> tuple[float, float, float]:
+        """(tokens, KL, rise of the NLL) of one document."""
+        return (self._compare_embeddings if self.encoder else self._compare_logits)(dense, other, ids)
 
     def _compare_logits(
         self, dense: torch.Tensor, other: torch.Tensor, ids: torch.Tensor

@@ -39,7 +39,7 @@ def tune(
     folder = RunFolder(Path(config.out))
     session = open_session(folder, config, report)
     with locked(folder.path):  # only now: input that cannot be used leaves no folder, and no run's settings replaced
-        config.save(folder.path / "config.yaml")
+        session.config.save(folder.path / "config.yaml")
         return _stages(session, until, stop or threading.Event())
 
 
@@ -57,12 +57,16 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
         result.space = models.space = space = tables.prune_losses(session, space, result.losses)
+        result.floor_nats = tables.arithmetic_floor(session, models)
+        models.make_room()
     if until == "score":
         return result
 
     result.calibration = tables.calibrate_latency(session, space, table, models)
+    models.make_room()
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
+    models.make_room()
     result.points = tuple(finalists.pick_points(session, result.problem, result.front))
     if until == "search":
         return result

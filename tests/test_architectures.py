@@ -23,7 +23,7 @@ from autotune import checkpoint, decide, finalists, planning, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.kernels.spec import KERNELS
-from autotune.model import load_model, open_model
+from autotune.model import load_mixed, load_model, open_model
 from autotune.models import Models
 from autotune.plan import Plan
 from autotune.profilers.jobs import needed
@@ -514,6 +514,24 @@ def test_losses_are_estimated_and_measured(world: World) -> None:
         estimated = sum(rows[group, name].loss_nats for group in chosen)
         print(f"{world.case}: {name} estimated {estimated:.2e}, measured {measured:.2e}")
         assert estimated / 4 <= measured <= 4 * estimated
+
+
+def test_as_a_large_model_it_is_measured_in_bf16_products(world: World) -> None:
+    """Exactly computed it is the fp32 reference, else near it; scores agree to a factor of two."""
+    if world.spec.dtype == "fp32":
+        pytest.skip("it is measured in fp32, whatever its size")
+    wide = world.models.reference
+    narrow = ReferenceModel(load_mixed(world.opened), world.spec, wide.database)
+    wide.select({})
+    for document in world.documents:
+        expected = wide.outputs(document)
+        assert _relative(narrow.outputs(document), expected) < 0.05
+        scaled = "Gemma" in world.spec.architecture  # it rounds its embeddings' factor to their dtype
+        with narrow.exact():
+            assert _relative(narrow.outputs(document), expected) < (1e-2 if scaled else 1e-4)
+    found = score(narrow, world.space, world.documents, draws=2)
+    ratios = [found.of(row.group, row.scheme) / row.loss_nats for row in world.losses.rows]
+    assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2
 
 
 def test_a_forward_pass_that_needs_a_mask_is_traced(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def test_a_dry_run_writes_nothing_and_names_what_is_not_legal(tune, tmp_path):
     status, out, _ = tune(tmp_path / "run", "--dry-run")
     assert status == 0
     assert "not a multiple of the scale group 128" in " ".join(out.split())
+    assert "score 200 in documents of 48, search 200, certification 600 tokens; 4 trials, 2 finalists" in out
+    assert "losses in fp32" in out
+    assert "reduced" not in out
     assert not (tmp_path / "run").exists()
 
 

@@ -10,10 +10,11 @@ import torch
 
 from autotune.compress import database
 from autotune.compress.calibrate import input_moments
-from autotune.compress.database import compress, pack, stacked_bias, stacked_weight, unpack
+from autotune.compress.database import WeightDatabase, compress, pack, stacked_bias, stacked_weight, unpack
 from autotune.errors import InputError
 from autotune.kernels.reference import dequantize
 from autotune.model import load_model
+from autotune.search_space.groups import LayerGroup, Linear
 from autotune.search_space.schemes import SCHEMES, scheme
 
 COMPRESSED = [item.name for item in SCHEMES if not item.is_dense]
@@ -72,6 +73,30 @@ def test_an_entry_is_the_stacked_group_under_its_scheme(databases, name):
         group = opened.spec.group(entry.group)
         expected = compress(stacked_weight(model, group), moments[group.name], scheme(entry.scheme))
         assert torch.equal(dequantize(made.load(group, entry.scheme)), dequantize(expected))
+
+
+def test_rows_of_an_entry_are_rows_of_the_whole(databases):
+    opened, space, made = databases("gpt2")
+    for entry in space.usable():
+        if entry.scheme == space.dense:
+            continue
+        group = opened.spec.group(entry.group)
+        bias = torch.arange(float(group.out_features))
+        rows = slice(5, group.out_features - 3)
+        whole, part = made.load(group, entry.scheme, bias), made.load(group, entry.scheme, bias, rows)
+        assert torch.equal(dequantize(part), dequantize(whole)[rows])
+        assert torch.equal(part.bias, bias[rows])
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_rows_of_every_scheme(name, tmp_path):
+    from safetensors.torch import save_file
+
+    group = LayerGroup("g", "up", 0, (Linear("t", "m", 16, 256, False),))
+    save_file(pack(compress(weight_of(), None, scheme(name))), tmp_path / "entry")
+    made = WeightDatabase(tmp_path, {("g", name): "entry"})
+    whole, part = made.load(group, name), made.load(group, name, rows=slice(4, 9))
+    assert torch.equal(dequantize(part), dequantize(whole)[4:9])
 
 
 def test_what_is_there_is_not_made_again(databases, monkeypatch):

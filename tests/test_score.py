@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from autotune import documents
 from autotune.compress import calibrate, database
 from autotune.kernels.reference import quantize_activations
-from autotune.model import load_model, load_tokenizer, open_model
+from autotune.model import load_mixed, load_model, load_tokenizer, open_model
 from autotune.reference_model import ReferenceModel
-from autotune.score import LossTable, one_at_a_time, score
+from autotune.score import LossTable, _sums, _Tap, one_at_a_time, score
 from autotune.search_space.schemes import scheme
 from autotune.teacher import Teacher
 
@@ -30,6 +30,18 @@ def references(databases):
     def get(name):
         opened, space, made = databases(name)
         return ReferenceModel(load_model(opened), opened.spec, made), space
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def wide_and_narrow(databases):
+    """A bf16 checkpoint as a small model is measured, in fp32, and as a large one, in bf16 products."""
+
+    def get(name):
+        opened, space, made = databases(name)
+        loaded = load_model(opened, torch.float32), load_mixed(opened)
+        return *(ReferenceModel(model, opened.spec, made) for model in loaded), space
 
     return get
 
@@ -76,7 +88,54 @@ def test_a_small_cache_changes_nothing(references, monkeypatch):
     small, _ = references("llama")
     small.select(uniform(space, "w8a16-int8"))
     assert torch.equal(small.outputs(document), expected)
-    assert len(small._cache) == 1
+    assert not small._cache
+
+
+@pytest.mark.parametrize("name", ["llama-bf16", "gpt2-bf16", "bert-bf16"])
+def test_bf16_products_are_near_fp32_and_exact_ones_are_fp32(wide_and_narrow, name):
+    wide, narrow, space = wide_and_narrow(name)
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    document = tiny.tokens(1)[0]
+    for configuration in ({}, uniform(space, "w8a16-int8"), uniform(space, "w8a8-int8"), {}):
+        wide.select(configuration)
+        narrow.select(configuration)
+        expected, found = wide.outputs(document), narrow.outputs(document)
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+    with narrow.exact():
+        assert torch.allclose(narrow.outputs(document), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(narrow.outputs(document), found)
+
+
+def test_in_bf16_products_logits_are_not_rounded(wide_and_narrow):
+    _, narrow, _ = wide_and_narrow("llama-bf16")
+    logits = narrow.outputs(tiny.tokens(1)[0])
+    assert not torch.equal(logits, logits.to(torch.bfloat16).float())
+
+
+def test_the_floor_is_what_arithmetic_alone_costs(tmp_path):
+    opened = open_model(str(tiny.make_model("llama", tmp_path, torch.bfloat16, initializer_range=0.2)))
+    empty = database.WeightDatabase(tmp_path, {})
+    loaded = load_model(opened, torch.float32), load_mixed(opened)
+    wide, narrow = (ReferenceModel(model, opened.spec, empty) for model in loaded)
+    texts = tiny.tokens(8)
+    assert Teacher(wide, texts, (0.25, 1.0)).floor() == 0
+    rows = []
+    for document in texts[:2]:
+        p, q = (model.outputs(document)[:-1].double().log_softmax(-1) for model in (wide, narrow))
+        rows.append(float((p.exp() * (p - q)).sum()))
+    floor = Teacher(narrow, texts, (0.25, 1.0)).floor()
+    assert floor == pytest.approx(sum(rows) / 46, rel=0.1)
+    assert 1e-6 < floor < 1e-2
+
+
+def test_dense_rows_and_changes_come_in_pieces_too(references):
+    model, _ = references("llama")
+    for group in model.spec.groups:
+        whole, change = model.dense_weight(group), model.change(group, "w4a16-int4-g32")
+        rows = slice(3, group.out_features - 5)
+        assert torch.equal(model.dense_weight(group, rows), whole[rows])
+        assert torch.equal(model.change(group, "w4a16-int4-g32", rows), change[rows])
 
 
 def test_what_the_teacher_measures_is_kl_and_the_rise_of_the_nll(references):
@@ -117,6 +176,7 @@ def test_pieces_of_tokens_change_nothing(references, monkeypatch):
     whole = Teacher(model, tiny.tokens(2), (1.0,)).measure(configuration)
     monkeypatch.setattr("autotune.teacher._CHUNK_ELEMENTS", 256 * 5)
     monkeypatch.setattr("autotune.teacher._CACHE_BYTES", 0)
+    monkeypatch.setattr("autotune.teacher._HELD_BYTES", 0)
     pieces = Teacher(model, tiny.tokens(2), (1.0,)).measure(configuration)
     assert pieces.kl == pytest.approx(whole.kl, rel=1e-5, abs=1e-7)
     assert pieces.dnll == pytest.approx(whole.dnll, rel=1e-5, abs=1e-7)
@@ -161,6 +221,69 @@ def test_scores_are_the_same_again_and_differ_by_seed(references):
     first = score(model, space, tiny.tokens(4), seed=1)
     assert score(model, space, tiny.tokens(4), seed=1) == first
     assert score(model, space, tiny.tokens(4), seed=2) != first
+
+
+def test_batches_and_caches_change_nothing(references, monkeypatch):
+    model, space = references("llama")
+    expected = score(model, space, tiny.tokens(5))
+    monkeypatch.setattr("autotune.reference_model._CACHE_BYTES", 1)
+    monkeypatch.setattr("autotune.score._BATCH_BYTES", 1)
+    monkeypatch.setattr(ReferenceModel, "weight_bytes", 1)
+    small, _ = references("llama")
+    assert score(small, space, tiny.tokens(5)) == expected
+
+
+def test_pieces_of_the_weights_change_nothing_but_rounding(references, monkeypatch):
+    model, space = references("llama")
+    expected = score(model, space, tiny.tokens(3))
+    monkeypatch.setattr("autotune.score._PIECE_WEIGHTS", {torch.float32: 64 * 7})
+    for row, other in zip(expected.rows, score(model, space, tiny.tokens(3)).rows, strict=True):
+        assert other.loss_nats == pytest.approx(row.loss_nats, rel=1e-3)
+
+
+def test_what_is_not_cached_is_read_once_a_batch(references, monkeypatch):
+    monkeypatch.setattr("autotune.reference_model._CACHE_BYTES", 1)
+    model, space = references("llama")
+    read = []
+    load = type(model.database).load
+
+    def counted(self, group, name, bias=None, rows=slice(None)):
+        read.append((group.name, name))
+        return load(self, group, name, bias, rows)
+
+    monkeypatch.setattr(type(model.database), "load", counted)
+    table = score(model, space, tiny.tokens(6))
+    assert sorted(read) == sorted((row.group, row.scheme) for row in table.rows)
+
+
+@pytest.mark.parametrize("name", ["w4a16-int4-g32", "w8a8-int8"])
+def test_a_score_is_the_squared_effect_of_the_change_on_the_gradient(references, name):
+    """The sums against their definition, sum over positions of <g, dY>, with dY of one group made explicitly."""
+    model, _ = references("llama")
+    group = model.spec.groups[1]
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(2):
+        x = torch.randn(9, group.in_features, generator=generator)
+        gradients = [torch.randn(9, group.out_features, generator=generator) for _ in range(2)]
+        batch.append(_Tap({group.name: x}, {group.name: gradients}))
+    found = _sums(model, group, [name], batch)[name]
+    form = scheme(name).activation
+    for tap, value in zip(batch, found, strict=True):
+        x = tap.inputs[group.name].double()
+        seen = x if form is None else quantize_activations(tap.inputs[group.name], form).double()
+        change = seen @ model.weight(group, name).double().t() - x @ model.dense_weight(group).double().t()
+        expected = [float((gradient.double() * change).sum()) ** 2 for gradient in tap.gradients[group.name]]
+        assert value == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_scores_in_bf16_products_are_those_in_fp32(wide_and_narrow):
+    wide, narrow, space = wide_and_narrow("llama-bf16")
+    texts = tiny.tokens(24)
+    expected, found = score(wide, space, texts, draws=4), score(narrow, space, texts, draws=4)
+    ratios = [found.of(row.group, row.scheme) / row.loss_nats for row in expected.rows]
+    assert 0.9 <= np.median(ratios) <= 1.1
+    assert all(0.6 <= ratio <= 1.6 for ratio in ratios)
 
 
 def test_scoring_leaves_the_model_as_it_was(references):

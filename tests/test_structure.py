@@ -24,7 +24,7 @@ LAYERS = (
     ("profilers",),
     ("search",),
     ("config", "plan", "documents", "checkpoint", "progress", "certify"),
-    ("grouping", "model", "run"),
+    ("grouping", "model", "run", "samples"),
     ("session",),
     ("compress",),
     ("reference_model", "teacher", "score"),

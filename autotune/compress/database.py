@@ -34,15 +34,17 @@ class WeightDatabase:
     folder: Path
     entries: dict[tuple[str, str], str]
 
-    def load(self, group: LayerGroup, name: str, bias: torch.Tensor | None = None) -> GroupWeight:
-        """Unpacked canonical weights of one entry."""
+    def load(
+        self, group: LayerGroup, name: str, bias: torch.Tensor | None = None, rows: slice = slice(None)
+    ) -> GroupWeight:
+        """Unpacked canonical weights of one entry, or of some of its output rows; only these are read."""
         from safetensors import safe_open
 
         if (group.name, name) not in self.entries:
             raise InputError("database.missing", f"{group.name} was not compressed as {name}.", "Run compress again.")
         with safe_open(self.folder / self.entries[group.name, name], framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        return unpack(scheme(name), group.in_features, tensors, bias)
+            tensors = {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118 - not a mapping
+        return unpack(scheme(name), group.in_features, tensors, None if bias is None else bias[rows])
 
     @property
     def bytes(self) -> int:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from autotune import __version__
+from autotune import __version__, samples
 from autotune.decide import configuration
 from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
@@ -62,16 +62,13 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
 
 def _model(result: Result) -> dict[str, Any]:
     spec = result.session.spec
-    parameters = sum(group.weights for group in spec.groups) + sum(math.prod(t.shape) for t in spec.kept)
-    if spec.tied_embeddings:
-        parameters -= sum(group.weights for group in spec.groups if group.role == "lm_head")
     return {
         "name": spec.name,
         "architecture": spec.architecture,
         "task": spec.task,
         "dtype": spec.dtype,
         "sha256": spec.model_hash,
-        "parameters": parameters,
+        "parameters": samples.parameters(spec),
         "groups": len(spec.groups),
         "tied_embeddings": spec.tied_embeddings,
     }
@@ -110,6 +107,7 @@ def _data(result: Result) -> dict[str, Any] | None:
         return None
     used = {
         "calibration": session.calibration_documents,
+        "score": session.score_documents,
         "search": session.search_documents,
         "certification": session.certification_documents,
     }
@@ -119,6 +117,9 @@ def _data(result: Result) -> dict[str, Any] | None:
         "unit": session.documents.tokens,
         "documents": {name: len(documents) for name, documents in used.items()},
         "tokens": {name: sum(map(len, documents)) for name, documents in used.items()},
+        "reduced": samples.reduced(session.config, session.spec) or None,
+        "arithmetic": session.arithmetic,
+        "floor_nats": result.floor_nats,
     }
 
 
@@ -209,6 +210,11 @@ def _warnings(result: Result) -> list[str]:
         warnings.append("losses and certificate are for the bundled text, not your task: give --data")
     if not session.config.latency_only and session.documents.tokens.startswith("bytes"):
         warnings.append("the model folder has no tokenizer: bytes stand in for tokens, losses mean little")
+    if not session.config.latency_only and (note := samples.reduced(session.config, session.spec)):
+        warnings.append(note)
+    if result.floor_nats is not None:
+        floor = f"{result.floor_nats:.1e} {'of relative squared error' if _encoder(result) else 'nats a token'}"
+        warnings.append(f"losses were measured in bf16 products, which by themselves cost {floor}")
     if not session.local:
         warnings.append(
             f"latencies are estimated from the {session.target.ceilings.source} roofline of {session.target.name}"
