@@ -67,7 +67,7 @@ def _reload(folder: RunFolder, config: RunConfig) -> Result:
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
-        result.space = models.space = space = tables.prune_losses(session, space, result.losses)
+        result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
     result.calibration = tables.calibrate_latency(session, space, table, models)
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decode_front(read_json(folder.path / "front.json", "run"))

@@ -44,7 +44,7 @@ class RunConfig(BaseModel):
     search_length: int = Field(default=256, ge=8)
     certify_tokens: int = Field(default=200_000, ge=64)
     finalists: int = Field(default=4, ge=1, le=5)
-    measured_points: int = Field(default=14, ge=1)
+    measured_points: int = Field(default=8, ge=1)  # end to end, besides uniform schemes
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> RunConfig:

@@ -195,7 +195,7 @@ def measure_points(session: Session, problem: Problem, points: Sequence[Point], 
         "endtoend",
         [verify.FORMAT, list(map(list, configurations.items())), _kernels_key(problem), str(session.workload)],
         lambda: verify.measure(
-            cast(SwitchableModel, models.runnable), configurations, session.workload, 40.0, progress
+            cast(SwitchableModel, models.runnable), configurations, session.workload, 30.0, progress
         ),
         EndToEnd.to_json,
         EndToEnd.from_json,

@@ -53,7 +53,7 @@ def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]
     fastest_first = sorted(compressed, key=lambda c: c.latency_us)
     finalists = _finalists(fastest_first, config.finalists, session.search_limit, ratio)
     others = [c for c in _along(front, session) if c not in finalists and c.genotype != problem.dense]
-    others = _evenly(others, max(0, config.measured_points - len(finalists)))
+    others = _evenly(others, config.measured_points - len(finalists))
     chosen = sorted([*finalists, *others], key=lambda c: c.latency_us)
     return [Point(_point_name(problem, c, n), c, c in finalists) for n, c in enumerate(chosen)]
 
@@ -100,10 +100,10 @@ def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -
 
 
 def _evenly(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Uniform baselines first, then the points nearest to latencies spread evenly over the range."""
-    first = [c for c in candidates if c.source.startswith("uniform")][:count]
+    """Every uniform baseline (the latency model's fit runs them anyway), and `count` points spread over the range."""
+    first = [c for c in candidates if c.source.startswith("uniform")]
     rest = [c for c in candidates if c not in first]
-    room = min(count - len(first), len(rest))
+    room = min(count, len(rest))
     if room <= 0:
         return first
     slowest, fastest = max(c.latency_us for c in rest), min(c.latency_us for c in rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,8 @@ from autotune.models import Models
 from autotune.profilers import latency
 from autotune.profilers.latency import LatencyTable
 from autotune.profilers.prune import prune
-from autotune.score import LossTable, score
+from autotune.profilers.table import Choice
+from autotune.score import LossRow, LossTable, score
 from autotune.search_space import space as space_module
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
@@ -106,19 +108,40 @@ def loss_table(session: Session, space: SearchSpace, models: Models) -> LossTabl
     )
 
 
-def prune_losses(session: Session, space: SearchSpace, losses: LossTable) -> SearchSpace:
-    """Drop, with the reason, what would break the budget in one group alone: no plan could use it.
-
-    Estimated KL is taken at half its lower bound, because perplexity rises by as little as half of it (rounding
-    errors that the labels happen to like), and because `plan choose` may ask for a somewhat larger budget.
-    """
-    limit = session.limit
-    dropped = {
-        (row.group, row.scheme): f"costs {row.loss_nats:.2g} nats in this group alone; the budget is {limit:.2g}"
-        for row in losses.rows
-        if row.low_nats / 2 > limit
-    }
+def prune_losses(session: Session, space: SearchSpace, table: LatencyTable, losses: LossTable) -> SearchSpace:
+    """Drop, with the reason, what no plan could want now that losses are known: see `_unwanted`."""
+    rows = {(row.group, row.scheme): row for row in losses.rows}
+    dropped: dict[tuple[str, str], str] = {}
+    for group in session.spec.groups:
+        names = [entry.scheme for entry in space.schemes(group.name) if entry.scheme != space.dense]
+        choices = {name: table.best(group, name, session.workload) for name in names}
+        for name in names:
+            if reason := _unwanted(session, name, choices, {other: rows[group.name, other] for other in names}):
+                dropped[group.name, name] = reason
     return space.without(dropped)
+
+
+def _unwanted(
+    session: Session, name: str, choices: Mapping[str, Choice | None], losses: Mapping[str, LossRow]
+) -> str | None:
+    """Why a group should not be searched with a scheme: it breaks the budget alone, or another is better at both.
+
+    The budget is compared with half the lower bound of the estimated KL, because perplexity may rise by as little as
+    half of it, and because `plan choose` may ask for a somewhat larger one. Better at both: at least as fast, measured,
+    not larger where memory is budgeted, and the intervals of the losses do not touch.
+    """
+    own, loss = choices[name], losses[name]
+    if loss.low_nats / 2 > session.limit:
+        return f"costs {loss.loss_nats:.2g} nats in this group alone; the budget is {session.limit:.2g}"
+    assert own is not None  # `prune` dropped what has no time
+    for other, choice in choices.items():
+        if choice is None or other == name or "estimated" in (choice.status, own.status):
+            continue
+        larger = session.config.max_memory_bytes is not None and choice.packed_bytes > own.packed_bytes
+        if choice.latency_us <= own.latency_us and losses[other].high_nats <= loss.low_nats and not larger:
+            spared = f"{losses[other].loss_nats:.2g} against {loss.loss_nats:.2g} nats"
+            return f"{other} is at least as fast here and loses less: {spared}"
+    return None
 
 
 def arithmetic_floor(session: Session, models: Models) -> float | None:

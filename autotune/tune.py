@@ -56,7 +56,7 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
-        result.space = models.space = space = tables.prune_losses(session, space, result.losses)
+        result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
         result.floor_nats = tables.arithmetic_floor(session, models)
         models.make_room()
     if until == "score":

@@ -153,7 +153,7 @@ def test_a_safe_finalist_is_among_them():
 def test_points_are_spread_over_the_range_and_uniform_ones_come_first():
     line = [replace(candidate((1, 1, 1)), latency_us=float(n)) for n in range(11)]
     uniform = replace(candidate((2, 2, 2), source="uniform w4"), latency_us=50.0)
-    chosen = finalists._evenly([*line, uniform], 4)
+    chosen = finalists._evenly([*line, uniform], 3)
     assert chosen[0] is uniform
     assert sorted(c.latency_us for c in chosen[1:]) == [0.0, 5.0, 10.0]
     assert finalists._evenly(line, 0) == []

@@ -115,8 +115,12 @@ def judge_prediction(points: Sequence[Mapping[str, Any]], noisy: str) -> dict[st
     measured = [point["measured_saving_ms"]["median"] for point in apart]
     distinct = len(apart) > 2 and len(set(measured)) > 1
     spearman = float(stats.spearmanr(predicted, measured).statistic) if distinct else None
-    good = error <= 0.15 and spearman is not None and spearman >= 0.9
-    verdict = "predicted savings hold" if good else noisy or "predicted savings are off: trust the measured ones"
+    if error <= 0.15 and spearman is None:
+        verdict = "predicted savings hold; the points lie too close together to rank"
+    elif error <= 0.15 and spearman is not None and spearman >= 0.9:
+        verdict = "predicted savings hold"
+    else:
+        verdict = noisy or "predicted savings are off: trust the measured ones"
     return {"median_error": error, "spearman": spearman, "verdict": verdict}
 
 
