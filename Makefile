@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 1% --workload chat --trials 16
+	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 1% --workload chat --trials 12
 	@echo "report: runs/demo/report.html"
 
 test: .venv/installed

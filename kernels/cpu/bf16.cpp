@@ -140,6 +140,7 @@ void interleave(const Linear& a, const uint16_t* x, int64_t first, int64_t last,
 // False when memory ran out.
 template <class Format>
 bool linear(const Linear& a, const uint16_t* x, int64_t rows, uint16_t* y, int threads) {
+    if (rows == 0) return true;
     const bool as_it_is = rows == 1 && a.inputs == a.padded;
     uint16_t* memory = as_it_is ? nullptr : reinterpret_cast<uint16_t*>(interleaved.of(rows * a.padded * 2));
     if (!as_it_is && !memory) return false;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import struct
 import subprocess
 import tempfile
 from functools import cache
@@ -38,6 +39,7 @@ def library(name: str) -> ctypes.CDLL:
     """
     path = build(name)
     try:
+        _check_whole(path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise DeviceError("kernel.compiler", f"{path} does not load: {error}.", "Delete it and try again.") from error
@@ -56,10 +58,14 @@ def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
     folder = user_folder() / "kernels"
     target = folder / f"{name}-{key[:24]}.so"
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(command, flags, FOLDER / f"{name}.cpp", Path(scratch), openmp)
-            os.replace(made, target)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = _compile(command, flags, FOLDER / f"{name}.cpp", Path(scratch), openmp)
+                os.replace(made, target)
+        except OSError as error:
+            hint = "Set AUTOTUNE_HOME to a folder that can be written."
+            raise DeviceError("kernel.compiler", f"no library can be kept in {folder}: {error}.", hint) from error
     return target
 
 
@@ -86,12 +92,22 @@ def _compile(command: list[str], flags: tuple[str, ...], source: Path, folder: P
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError("kernel.compiler", f"{shlex.join(command)}: {error}.", "Set CXX to a compiler.") from error
     if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        first = next((line for line in done.stderr.splitlines() if "error:" in line), done.stderr.strip()[:200])
         raise DeviceError("kernel.compiler", f"{command[0]} failed: {first}", "Set CXX to another compiler.")
+
+
+def _check_whole(path: Path) -> None:
+    """Mapping a library that was cut short ends the process (SIGBUS); an ELF file's section headers are its end."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):
+        start, (size, count) = struct.unpack_from("<Q", header, 0x28)[0], struct.unpack_from("<HH", header, 0x3A)
+        if path.stat().st_size < start + size * count:
+            raise OSError("the file is cut short")
 
 
 @cache
