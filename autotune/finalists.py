@@ -14,6 +14,8 @@ from autotune.search.ratio import LossRatio, dnll_upper_nats, loss_ratio
 from autotune.session import Session
 from autotune.verify import EndToEnd
 
+ALIKE = 0.05  # finalists whose medians are further apart are never taken to be as fast, however noisy the run
+
 
 @dataclass(frozen=True)
 class Point:
@@ -157,9 +159,16 @@ def choose(
         safest = min(finalists, key=lambda point: point.candidate.evaluation.kl_nats)
         return safest, f"{safest.name} is the safest; none of the finalists was certified"
     fastest = min(passing, key=latency)
-    alike = [p for p in passing if end_to_end and end_to_end.saving_ms(p.name, fastest.name).high >= 0]
+    alike = [point for point in passing if end_to_end and _as_fast(point, fastest, end_to_end)]
     # Certification holds for all that passed together, so choosing among them by what it saw breaks no claim.
     safest = min(alike, key=lambda point: (certificates[point.name].loss.upper, latency(point)), default=fastest)
     if safest is fastest:
         return fastest, f"{fastest.name} is the fastest {how} of {len(passing)} certified"
     return safest, f"{safest.name} is as fast as {fastest.name} within what the run can tell, and safer"
+
+
+def _as_fast(point: Point, fastest: Point, end_to_end: EndToEnd) -> bool:
+    """The 95% interval of the difference, paired by round, holds 0, or says that the point is faster."""
+    saving_ms = end_to_end.saving_ms(point.name, fastest.name)
+    medians_ms = [end_to_end.of(item.name).latency_ms.median for item in (point, fastest)]
+    return saving_ms.high >= 0 and medians_ms[0] <= (1 + ALIKE) * medians_ms[1]

@@ -50,7 +50,7 @@ def gate(
     device = torch.device(spec.device)
     decoy, x = (torch.randn(rows, packed.in_features, generator=generator).to(device, packed.dtype) for _ in range(2))
     original = x.clone()
-    chosen = torch.linspace(0, rows - 1, min(rows, MOST_ROWS_COMPARED)).long().unique()
+    chosen = _rows_compared(rows)
     _output(kernel, packed, decoy, where, chosen)
     outputs = [_output(kernel, packed, x, where, chosen) for _ in range(2)]
     if not torch.equal(x, original):
@@ -62,6 +62,14 @@ def gate(
         found = f"largest relative error {judged.max_relative_error:.2e} (allowed {largest:.0e}), "
         raise _wrong(where, f"{found}RMS {judged.rms_error:.2e} (allowed {rms:.1e})")
     return raw
+
+
+def _rows_compared(rows: int) -> torch.Tensor:
+    """Up to eight, spread over all; every place in a group of eight is among them, because kernels unroll by that."""
+    count = min(rows, MOST_ROWS_COMPARED)
+    places = torch.linspace(0, rows - 1, count).long() // count * count + torch.arange(count)
+    chosen: torch.Tensor = places.clamp(max=rows - 1).unique()
+    return chosen
 
 
 def _output(kernel: KernelModule, packed: Packed, x: torch.Tensor, where: str, chosen: torch.Tensor) -> torch.Tensor:

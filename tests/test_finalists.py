@@ -110,6 +110,13 @@ def test_a_safer_point_that_is_slower_in_every_round_is_not_as_fast():
     assert why == "point 0 is the fastest measured of 3 certified"
 
 
+def test_a_run_too_noisy_to_tell_does_not_make_the_slow_as_fast():
+    noisy = measured(fast=[10.0, 30.0] * 4, middle=[32.0, 13.0] * 4, safe=[100.0] * 8)
+    saving = noisy.saving_ms("point 1", "point 0")
+    assert saving.low < 0 < saving.high
+    assert choose(POINTS, certified(fast=0.09, middle=0.05, safe=0.06), noisy, True)[0] is FAST
+
+
 def test_safest_is_what_certification_bounds_lowest():
     run = measured(fast=rounds(0.0), middle=rounds(0.01, 0.2), safe=rounds(0.02, 0.3))
     assert choose(POINTS, certified(fast=0.09, middle=0.05, safe=0.06), run, True)[0] is MIDDLE
