@@ -23,6 +23,7 @@ from autotune.switchable import ZEROS, SwitchableModel
 from autotune.verify import EndToEnd, measure
 
 Available = Mapping[str, Sequence[str]]  # group -> usable schemes, the dense one first
+FAR = 4.0  # no factor is further from the dense one's: few groups offer the scheme, and noise exceeds what it does
 PhaseTimes = dict[str, float]  # phase -> microseconds of the whole workload; phases it does not have are absent
 
 
@@ -109,7 +110,8 @@ def fit(
 ) -> Calibration:
     """Rest and factors from a run that holds the uniform configurations by their names.
 
-    Uniform configurations then have exactly the savings measured, in every phase, unless a factor would be negative.
+    Uniform configurations then have exactly the savings measured, in every phase, unless a factor is held within `FAR`
+    times the dense one's: a scheme that seems free, because of noise, would be taken everywhere.
     """
     schemes = _compressed(spec, available)
     alone = {g.name: {name: isolated_us(table, g, name, workload) for name in available[g.name]} for g in spec.groups}
@@ -124,7 +126,8 @@ def fit(
             # Savings are paired by round, so that drift of the machine within the run cancels.
             saved_us = result.saving_ms(f"uniform {name}", phase=phase).median * 1e3
             after_us = dense * sum(dense_us[group] for group in changed) - saved_us
-            factors[name][phase] = max(0.0, after_us) / sum(alone[group][name][phase] for group in changed)
+            factor = after_us / sum(alone[group][name][phase] for group in changed)
+            factors[name][phase] = min(max(factor, dense / FAR), dense * FAR)
         rest[phase] = max(0.0, float(np.median(result.of("dense").phases_ms[phase])) * 1e3 - linear_us)
     return Calibration(rest, factors, result)
 

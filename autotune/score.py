@@ -77,8 +77,8 @@ def score(
 ) -> LossTable:
     """Fisher estimate for every usable compressed entry of the space.
 
-    Documents are taken in batches whose inputs and gradients need about as much memory as the model's weights, so that
-    each (group, scheme) is dequantized once a batch; batches change nothing in the result.
+    Documents are taken in batches whose inputs and gradients need about twice the memory of the model's weights, so
+    that each (group, scheme) is dequantized once a batch; batches change nothing in the result.
 
     Args:
         documents: token ids, each (positions,); 96 of 256 tokens give about 10% relative error.
@@ -88,7 +88,7 @@ def score(
     generator = torch.Generator().manual_seed(seed)
     squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
     weights: list[float] = []
-    room = max(_BATCH_BYTES, model.weight_bytes)
+    room = max(_BATCH_BYTES, 2 * model.weight_bytes)
     model.select({})
     batch: list[_Tap] = []
     with _Taps(model) as taps:
@@ -208,8 +208,9 @@ def _sums(
     With P = G^T X and D = G^T (X' - X) that sum is <P, W' - W> + <D, W'>: small terms only, no difference of large
     ones.
     """
-    forms = {name: scheme(name).activation for name in names}
-    quantized = [form for form in dict.fromkeys(forms.values()) if form is not None]
+    items = [scheme(name) for name in names]
+    stored = {(item.sparsity, item.weight): item.name for item in items}  # schemes with equal weights share a product
+    quantized = {item.activation for item in items if item.activation is not None}
     inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
     moved = {form: [_moved(x, form) for x in inputs] for form in quantized}
     draws = len(batch[0].gradients[group.name])
@@ -217,17 +218,20 @@ def _sums(
     step = max(1, _PIECE_WEIGHTS[model.dtype] // group.in_features)
     for start in range(0, group.out_features, step):
         rows = slice(start, start + step)
-        changes = {name: model.change(group, name, rows).view(-1) for name in names}
+        changes = {key: model.change(group, name, rows).view(-1) for key, name in stored.items()}
         dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0)
         for number, tap in enumerate(batch):
             gradients = [gradient[:, rows] for gradient in tap.gradients[group.name]]  # each (tokens, rows)
             plain = _products(gradients, inputs[number])  # (draws, rows * in)
             extra = {form: _products(gradients, moved[form][number]) for form in quantized}
             base = {form: products @ dense for form, products in extra.items()}
-            for name, form in forms.items():
-                sums[name][number] += plain @ changes[name]
-                if form is not None:
-                    sums[name][number] += base[form] + extra[form] @ changes[name]
+            effects = {key: plain @ change for key, change in changes.items()}  # each (draws,)
+            for item in items:
+                key = item.sparsity, item.weight
+                sums[item.name][number] += effects[key]
+                if item.activation is not None:
+                    form = item.activation
+                    sums[item.name][number] += base[form] + extra[form] @ changes[key]
     return {name: value.square().mean(1).tolist() for name, value in sums.items()}
 
 

@@ -101,7 +101,7 @@ def loss_table(session: Session, space: SearchSpace, models: Models) -> LossTabl
 
     return session.folder.stage(
         "score",
-        [settings, session.documents.digest, sorted(models.database.entries.values())],
+        [settings, session.documents.digest, sorted([*key, name] for key, name in models.database.entries.items())],
         compute,
         lambda table: write_text(path, table.to_csv()),
         lambda: LossTable.from_csv(path.read_text(encoding="utf-8")),

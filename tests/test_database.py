@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from autotune.compress import database
+from autotune.compress import database, wanda
 from autotune.compress.calibrate import input_moments
 from autotune.compress.database import WeightDatabase, compress, pack, stacked_bias, stacked_weight, unpack
 from autotune.errors import InputError
@@ -129,6 +129,23 @@ def test_names_depend_on_what_the_codes_depend_on(databases, tmp_path, monkeypat
     assert not names() & same
 
 
+def test_schemes_that_differ_in_their_activations_alone_share_a_file(databases):
+    made = databases("llama")[2]
+    stored = {key: (key[0], scheme(key[1]).sparsity, scheme(key[1]).weight) for key in made.entries}
+    assert len(set(stored.values())) == len(set(made.entries.values())) < len(made.entries)
+    for key, other in ((a, b) for a in stored for b in stored):
+        assert (stored[key] == stored[other]) is (made.entries[key] == made.entries[other])
+
+
+def test_a_mask_that_is_known_changes_nothing():
+    moment = torch.rand(256, generator=torch.Generator().manual_seed(1))
+    item, weight = scheme("2:4+w8a8-int8"), weight_of()
+    expected = compress(weight, moment, item)
+    found = compress(weight, moment, item, wanda.mask_24(weight, moment))
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
+
+
 def test_an_interrupted_build_goes_on_where_it_stopped(databases, tmp_path):
     opened, space, made = databases("llama")
     model = load_model(opened)
@@ -144,7 +161,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(databases, tmp_path):
     with pytest.raises(Stop):
         database.build(model, opened.spec, space, moments, tmp_path, stop)
     first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(first) == 5
+    assert 2 <= len(first) <= 5  # schemes may share a file
     assert database.build(model, opened.spec, space, moments, tmp_path).entries == made.entries
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name in first} == first
 

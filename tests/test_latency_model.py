@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from autotune.latency_model import Calibration, calibrate, fit, isolated_us, uniform, uniform_configurations
+from autotune.latency_model import FAR, Calibration, calibrate, fit, isolated_us, uniform, uniform_configurations
 from autotune.profilers.table import LatencyRow, LatencyTable
 from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
 from autotune.search_space.workload import parse
@@ -65,9 +65,12 @@ def test_predictions_add_up_to_what_a_mix_takes(table):
     assert predicted / 1e3 == pytest.approx(measured)
 
 
-def test_a_scheme_that_costs_less_than_nothing_is_set_to_nothing(table):
+def test_a_scheme_that_seems_free_or_absurdly_slow_is_held_near_the_dense_one(table):
     fitted = calibrate(Clock(COST | {"w8a16-int8": -500.0}), table, AVAILABLE, WORKLOAD, 1e-9)
-    assert fitted.factors["w8a16-int8"] == {"prefill": 0, "decode": 0}
+    dense = fitted.factors["fp32"]
+    assert fitted.factors["w8a16-int8"] == pytest.approx({phase: dense[phase] / FAR for phase in dense})
+    fitted = calibrate(Clock(COST | {"w8a16-int8": 1e5}), table, AVAILABLE, WORKLOAD, 1e-9)
+    assert fitted.factors["w8a16-int8"] == pytest.approx({phase: dense[phase] * FAR for phase in dense})
 
 
 def test_uniform_means_wherever_it_is_offered():

@@ -1,14 +1,15 @@
 """The weight database: every surviving (layer group, scheme) compressed once, as canonical bit-packed codes on disk.
 
 One safetensors file an entry, written atomically and named by what it depends on, so a killed build goes on where it
-stopped. A candidate configuration is then a list of pointers into it (the "stitching" of OBC, arXiv 2208.11580).
-Kernels repack at apply time; nothing here knows their layouts.
+stopped, and schemes that differ in their activations alone share a file. A candidate configuration is then a list of
+pointers into it (the "stitching" of OBC, arXiv 2208.11580). Kernels repack at apply time; nothing here knows their
+layouts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class WeightDatabase:
 
     @property
     def bytes(self) -> int:
-        return sum((self.folder / name).stat().st_size for name in self.entries.values())
+        return sum((self.folder / name).stat().st_size for name in set(self.entries.values()))
 
 
 def build(
@@ -63,28 +64,37 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [entry for entry in space.usable() if not scheme(entry.scheme).is_dense]
     entries: dict[tuple[str, str], str] = {}
+    masks: dict[str, torch.Tensor] = {}  # of the group at hand: sparse schemes share it
     for number, entry in enumerate(wanted):
-        group = spec.group(entry.group)
+        group, item = spec.group(entry.group), scheme(entry.scheme)
         moment = moments[group.name]
-        key = digest([METHOD, spec.model_hash, group.name, entry.scheme, digest(moment.numpy().tobytes())])
+        stored = [item.sparsity, asdict(item.weight)]
+        key = digest([METHOD, spec.model_hash, group.name, stored, digest(moment.numpy().tobytes())])
         name = f"{key[:32]}.safetensors"
         if not (folder / name).is_file():
-            weight = compress(stacked_weight(model, group), moment, scheme(entry.scheme))
-            write_bytes(folder / name, _serialize(pack(weight)))
+            dense = stacked_weight(model, group)
+            if item.sparsity == "2:4" and group.name not in masks:
+                masks = {group.name: wanda.mask_24(dense, moment)}
+            keep = masks[group.name] if item.sparsity == "2:4" else None
+            write_bytes(folder / name, _serialize(pack(compress(dense, moment, item, keep))))
         entries[group.name, entry.scheme] = name
         if progress:
             progress(number + 1, len(wanted))
     return WeightDatabase(folder, entries)
 
 
-def compress(weight: torch.Tensor, moment: torch.Tensor | None, item: Scheme) -> GroupWeight:
+def compress(
+    weight: torch.Tensor, moment: torch.Tensor | None, item: Scheme, keep: torch.Tensor | None = None
+) -> GroupWeight:
     """Round-to-nearest with clipping, after Wanda's mask where the scheme is sparse.
 
     Args:
         weight: (out_features, in_features) fp32.
         moment: (in_features,) mean squared input.
+        keep: (out_features, in_features) bool, that mask where it is known already.
     """
-    keep = wanda.mask_24(weight, moment) if item.sparsity == "2:4" else None
+    if item.sparsity == "2:4" and keep is None:
+        keep = wanda.mask_24(weight, moment)
     if item.weight.bits >= 16:
         return GroupWeight(item.name, dense=(weight * keep if keep is not None else weight).to(torch.bfloat16))
     codes, scales = rounding.quantize(weight, moment, item.weight, keep)

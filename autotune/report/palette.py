@@ -1,7 +1,7 @@
 """One colour and one short label per scheme, for every picture, page and cell.
 
-Hue says the family (blue int8, orange int4, green fp8, purple 2:4, grey dense), lightness the member, so that families
-stay apart under the common colour blindnesses and members stay apart in grey print.
+Hue says the family (blue int8, orange int4, red int4 with int8 activations, green fp8, purple 2:4, grey dense),
+lightness the member, so that families stay apart under the common colour blindnesses and members stay apart in grey print.
 """
 
 from __future__ import annotations
@@ -21,15 +21,27 @@ COLOURS: dict[str, str] = {
     "w4a16-int4-g32": "#f7cf78",
     "w4a16-int4-g64": "#ee9b33",
     "w4a16-int4-g128": "#b95a0a",
+    "w4a8-int4-g32": "#f6b3a6",
+    "w4a8-int4-g64": "#e0705a",
+    "w4a8-int4-g128": "#9c2f1f",
     "w8a8-fp8": "#1b9e88",
     "2:4": "#c0a5dd",
     "2:4+w8a8-int8": "#6f4fa5",
     "2:4+w8a8-fp8": "#d772b2",
     "2:4+w4a16-int4-g128": "#7a1f4b",
+    "2:4+w4a8-int4-g64": "#9a86b8",
+    "2:4+w4a8-int4-g128": "#3f2a63",
 }
 UNKNOWN = "#4a5160"  # a scheme from outside this version
 
-_SHORT = (("w8a8-int8", "int8"), ("w8a16-int8", "int8-w"), ("w8a8-fp8", "fp8"), ("w4a16-", ""), ("2:4+", "2:4 "))
+_SHORT = (
+    ("w8a8-int8", "int8"),
+    ("w8a16-int8", "int8-w"),
+    ("w8a8-fp8", "fp8"),
+    ("w4a16-", ""),
+    ("w4a8-int4", "int4a8"),
+    ("2:4+", "2:4 "),
+)
 
 # (fraction of the most saved, colour) and the colour of a group that became slower
 SAVED = ((0.0, "#f3f6f5"), (0.25, "#b9dccf"), (0.5, "#5fb39a"), (0.75, "#1b7f6b"), (1.0, "#0b4f44"))
