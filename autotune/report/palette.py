@@ -1,7 +1,7 @@
 """One colour and one short label per scheme, for every picture, page and cell.
 
 Hue says the family (blue int8, orange int4, red int4 with int8 activations, green fp8, purple 2:4, grey dense),
-lightness the member, so that families stay apart under the common colour blindnesses and members stay apart in grey print.
+lightness the member, so that families stay apart under the common colour blindnesses and members in grey print.
 """
 
 from __future__ import annotations
