@@ -83,59 +83,79 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
     return chains[0];
 }
 
-// One block of 16 outputs for a few rows: the weights pass once.
-template <class Format, class Type, int planes, bool grouped, int tokens>
-void stream_block(const Linear& a, int block, const Rows& x, int64_t token, void* y) {
+// `blocks` blocks of 16 outputs for a few rows: the weights pass once, as so many streams.
+template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
+void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
-    const uint8_t* w = a.weights + static_cast<int64_t>(block) * a.steps * Format::kBytes;
+    constexpr int64_t ahead = blocks == 1 ? 4096 : 1024;
+    const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes;
+    const uint8_t* w = a.weights + block * block_bytes;
     const uint8_t* codes = x.codes + token * planes * a.padded;
-    const int groups = a.steps / a.steps_per_group;
-    Floats totals[rows];
-    Ints whole[rows];
-    for (int r = 0; r < rows; r++) totals[r] = zero_floats();
-    for (int g = 0; g < groups; g++) {
-        Sums<rows> sums;
+    const int64_t groups = a.steps / a.steps_per_group;
+    Floats totals[blocks][rows];
+    Ints whole[blocks][rows];
+    for (int b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) totals[b][r] = zero_floats();
+    for (int64_t g = 0; g < groups; g++) {
+        Sums<rows> sums[blocks];
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < kChains<rows>; c++) sums[r][c] = zero_ints();
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < kChains<rows>; c++) sums[b][r][c] = zero_ints();
         for (int s = 0; s < a.steps_per_group; s++) {
-            for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + 4096 + i);
-            Format::template step<rows>(w, codes, sums);
+#pragma GCC unroll 4
+            for (int b = 0; b < blocks; b++) {
+                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * block_bytes + ahead + i);
+                Format::template step<rows>(w + b * block_bytes, codes, sums[b]);
+            }
             w += Format::kBytes;
             codes += rows * kStep;
         }
-        if constexpr (grouped) {
-            Floats scale = load_bf16(a.scales + (static_cast<int64_t>(block) * groups + g) * kLanes);
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) {
+            if constexpr (grouped) {
+                Floats scale = load_bf16(a.scales + ((block + b) * groups + g) * kLanes);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) totals[r] = fma(to_floats(gathered<rows>(sums[r])), scale, totals[r]);
-        } else {
-            for (int r = 0; r < rows; r++) whole[r] = gathered<rows>(sums[r]);
+                for (int r = 0; r < rows; r++)
+                    totals[b][r] = fma(to_floats(gathered<rows>(sums[b][r])), scale, totals[b][r]);
+            } else {
+                for (int r = 0; r < rows; r++) whole[b][r] = gathered<rows>(sums[b][r]);
+            }
         }
     }
-    for (int t = 0; t < tokens; t++)
-        finish<Type, planes, grouped>(a, block, x.scales[token + t], y, token + t, [&](int plane) {
-            if constexpr (grouped)
-                return totals[t * planes + plane];
-            else
-                return whole[t * planes + plane];
-        });
+    for (int b = 0; b < blocks; b++)
+        for (int t = 0; t < tokens; t++)
+            finish<Type, planes, grouped>(a, block + b, x.scales[token + t], y, token + t, [&](int plane) {
+                if constexpr (grouped)
+                    return totals[b][t * planes + plane];
+                else
+                    return whole[b][t * planes + plane];
+            });
 }
 
 // As many tokens at a time as the registers hold, then half as many, down to one.
-template <class Format, class Type, int planes, bool grouped, int tokens = kStreamRows / planes>
+template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
 INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t token, int64_t end, void* y) {
     for (; token + tokens <= end; token += tokens)
-        stream_block<Format, Type, planes, grouped, tokens>(a, block, x, token, y);
+        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, x, token, y);
     if constexpr (tokens > 1)
-        if (token < end) stream_tokens<Format, Type, planes, grouped, tokens / 2>(a, block, x, token, end, y);
+        if (token < end) stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, x, token, end, y);
 }
 
 template <class Format, class Type, int planes, bool grouped>
 void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
     const int64_t pass = rows_of_pass(a.padded * planes, kStreamRows / planes);
+    if (x.count == 1) {  // one token: several streams a thread keep more loads in flight
+        int block = first;
+        for (; block + kStreamBlocks <= last; block += kStreamBlocks)
+            stream_blocks<Format, Type, planes, grouped, 1, kStreamBlocks>(a, block, x, 0, y);
+        for (; block < last; block++) stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, x, 0, y);
+        return;
+    }
     for (int64_t start = 0; start < x.count; start += pass)
         for (int block = first; block < last; block++)
-            stream_tokens<Format, Type, planes, grouped>(a, block, x, start, std::min(x.count, start + pass), y);
+            stream_tokens<Format, Type, planes, grouped, 1>(a, block, x, start, std::min(x.count, start + pass), y);
 }
 
 // False when memory ran out.

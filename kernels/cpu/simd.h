@@ -14,7 +14,8 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-constexpr int kStreamRows = 8;  // activation rows that weights meet on one pass
+constexpr int kStreamRows = 8;    // activation rows that weights meet on one pass
+constexpr int kStreamBlocks = 4;  // blocks that a thread reads side by side where there is one row
 
 struct Bytes {
     __m512i v;
@@ -111,7 +112,7 @@ INLINE void store_codes(uint8_t* p, Ints a) {
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
-constexpr int kStreamRows = 4;
+constexpr int kStreamRows = 4, kStreamBlocks = 1;
 
 struct Bytes {
     __m256i v[2];

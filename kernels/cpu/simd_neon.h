@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int kStreamRows = 4;  // activation rows that weights meet on one pass: 16 of the 32 registers hold sums
+constexpr int kStreamRows = 4, kStreamBlocks = 1;  // 16 of the 32 registers hold the sums of four rows
 
 struct Bytes {
     uint8x16_t v[4];

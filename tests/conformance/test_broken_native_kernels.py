@@ -61,10 +61,10 @@ MISTAKES = (
         (
             (
                 CODE,
-                "    for (int g = 0; g < groups; g++) {\n        Sums<rows> sums;",
-                "    Sums<rows> sums;\n    for (int g = 0; g < groups; g++) {",
+                "    for (int64_t g = 0; g < groups; g++) {\n        Sums<rows> sums[blocks];",
+                "    Sums<rows> sums[blocks];\n    for (int64_t g = 0; g < groups; g++) {",
             ),
-            (CODE, "sums[r][c] = zero_ints();", "if (g == 0) sums[r][c] = zero_ints();"),
+            (CODE, "sums[b][r][c] = zero_ints();", "if (g == 0) sums[b][r][c] = zero_ints();"),
         ),
         in_brief=True,
     ),
