@@ -14,7 +14,7 @@ from autotune.search.ratio import LossRatio, dnll_upper_nats, loss_ratio
 from autotune.session import Session
 from autotune.verify import EndToEnd
 
-ALIKE = 0.05  # finalists whose medians are further apart are never taken to be as fast, however noisy the run
+ALIKE = 0.01  # finalists whose medians are further apart are never taken to be as fast, however noisy the run
 
 
 @dataclass(frozen=True)

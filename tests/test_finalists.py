@@ -96,7 +96,7 @@ def certified(**uppers):
 
 
 def test_of_points_as_fast_the_safest_is_taken_and_the_reason_says_so():
-    run = measured(fast=rounds(0.0), middle=rounds(0.01, 0.2), safe=rounds(2.0))
+    run = measured(fast=rounds(0.0), middle=rounds(0.001, 0.02), safe=rounds(2.0))
     point, why = choose(POINTS, certified(fast=0.09, middle=0.05, safe=0.01), run, True)
     assert point is MIDDLE
     assert why == "point 1 is as fast as point 0 within what the run can tell, and safer"
@@ -118,7 +118,7 @@ def test_a_run_too_noisy_to_tell_does_not_make_the_slow_as_fast():
 
 
 def test_safest_is_what_certification_bounds_lowest():
-    run = measured(fast=rounds(0.0), middle=rounds(0.01, 0.2), safe=rounds(0.02, 0.3))
+    run = measured(fast=rounds(0.0), middle=rounds(0.001, 0.02), safe=rounds(0.002, 0.03))
     assert choose(POINTS, certified(fast=0.09, middle=0.05, safe=0.06), run, True)[0] is MIDDLE
     assert choose(POINTS, certified(fast=0.04, middle=0.05, safe=0.06), run, True)[0] is FAST
     same = certified(fast=0.05, middle=0.05, safe=0.05)
@@ -126,7 +126,7 @@ def test_safest_is_what_certification_bounds_lowest():
 
 
 def test_only_what_was_certified_counts_as_safe():
-    run = measured(fast=rounds(0.0), middle=rounds(0.01, 0.2), safe=rounds(0.02, 0.3))
+    run = measured(fast=rounds(0.0), middle=rounds(0.001, 0.02), safe=rounds(0.002, 0.03))
     certificates = certified(fast=0.09) | {MIDDLE.name: certificate("not_certified", 0.01)}
     assert choose(POINTS, certificates, run, True)[0] is FAST
     point, why = choose(POINTS, {MIDDLE.name: certificate("violated")}, run, True)
