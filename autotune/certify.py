@@ -24,6 +24,7 @@ from autotune.errors import InputError
 from autotune.search_space.groups import ModelSpec
 
 State = Literal["certified", "not_certified", "violated", "not_applicable"]
+_CHUNK_ELEMENTS = 2**17  # logits are compared in pieces of tokens that stay in cache
 LOOKS = ((0.4, 0.02), (1.0, 0.03))  # (share of the documents seen, error probability spent)
 
 
@@ -185,9 +186,14 @@ def _compare(
     if encoder:
         error = float((other.double() - dense.double()).square().sum())
         return float(dense.double().square().sum()), error, error, 0.0
-    p, q = F.log_softmax(dense[:-1].float(), -1), F.log_softmax(other[:-1].float(), -1)
-    label = ids[1:].unsqueeze(1)
-    dense_nll = -p.gather(1, label).double().sum()
-    loss = -q.gather(1, label).double().sum() - dense_nll
-    kl = F.kl_div(q, p, reduction="sum", log_target=True)
-    return float(len(ids) - 1), float(loss), float(kl), float(dense_nll)
+    nll = loss = kl = 0.0
+    scored = len(ids) - 1
+    step = max(1, _CHUNK_ELEMENTS // dense.shape[1])
+    for start in range(0, scored, step):
+        rows = slice(start, min(start + step, scored))
+        p, q = F.log_softmax(dense[rows].float(), -1), F.log_softmax(other[rows].float(), -1)
+        label = ids[1:][rows].unsqueeze(1)
+        nll -= float(p.gather(1, label).double().sum())
+        loss += float((p.gather(1, label) - q.gather(1, label)).double().sum())
+        kl += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    return float(scored), loss, kl, nll

@@ -58,6 +58,9 @@ def tune(
         bool, typer.Option("--dry-run", help="Show groups, schemes and costs; measure nothing.")
     ] = False,
     schemes: Annotated[str | None, typer.Option(help="Comma-separated schemes to allow.")] = None,
+    compression: Annotated[
+        str | None, typer.Option(help="auto (by layer error), joint, wanda, hwpq or magnitude; with --fast wanda.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the checkpoint's.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting of config.yaml, KEY=VALUE.")
@@ -85,6 +88,8 @@ def tune(
     }
     if trials is not None:
         values["trials"] = trials
+    if compression is not None:
+        values["compression"] = compression
     config = RunConfig.of(**(values | _settings(set_ or [])))
     if dry_run:
         from autotune.dry_run import print_dry_run

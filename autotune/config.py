@@ -31,6 +31,7 @@ class RunConfig(BaseModel):
     trials: int = Field(default=40, ge=0)
     minutes: float | None = Field(default=None, gt=0)
     fast: bool = False
+    compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
     latency_only: bool = False
 
     # How much is measured. The defaults fit models of up to 50M parameters; where a larger one is tuned and a size was

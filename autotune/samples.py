@@ -7,6 +7,7 @@ in proportion to the model. Measured speed never enters: a resumed run must meas
 
 from __future__ import annotations
 
+from autotune.compress import methods
 from autotune.config import RunConfig
 from autotune.search_space.groups import ModelSpec
 
@@ -41,7 +42,10 @@ def sized(name: str, count: int) -> int:
 def resolve(config: RunConfig, spec: ModelSpec) -> RunConfig:
     """The settings with every size that was not given filled in, as they are written to config.yaml."""
     missing = [name for name in FLOORS if name not in config.model_fields_set]
-    return config.model_copy(update={name: sized(name, parameters(spec)) for name in missing})
+    chosen: dict[str, object] = {name: sized(name, parameters(spec)) for name in missing}
+    if "compression" not in config.model_fields_set:
+        chosen["compression"] = methods.FAST if config.fast or parameters(spec) > LARGE else methods.AUTO
+    return config.model_copy(update=chosen)
 
 
 def reduced(config: RunConfig, spec: ModelSpec) -> str:
@@ -55,6 +59,8 @@ def reduced(config: RunConfig, spec: ModelSpec) -> str:
         value, default = getattr(config, name), int(RunConfig.model_fields[name].default)
         if value == sized(name, count) < default:
             less.append(f"{name} {value:,} (of {default:,})")
+    if count > LARGE and config.compression == methods.FAST and not config.fast:
+        less.append(f"compression {methods.FAST} (of {methods.AUTO}: better, and minutes longer)")
     if not less:
         return ""
     return f"samples are reduced for the size of the model, {count / 1e6:,.0f}M parameters: {', '.join(less)}"

@@ -13,6 +13,7 @@ import torch
 from autotune import documents as documents_module
 from autotune import samples
 from autotune.certify import expected_error
+from autotune.compress import methods
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
 from autotune.errors import UsageError
@@ -126,7 +127,9 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
     opened = open_model(config.model, config.dtype, config.latency_only)
     _check_length(workload, opened.positions)
     report("open", 1, 1)
-    return Session(folder, samples.resolve(config, opened.spec), opened, chosen, local, workload, report)
+    methods.check(config.compression)
+    config = samples.resolve(config, opened.spec)
+    return Session(folder, config, opened, chosen, local, workload, report)
 
 
 def resolve_target(name: str) -> tuple[Target, bool]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from autotune.compress import calibrate, database
+from autotune.compress import database
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.spec import KERNELS, kernel_hash
 from autotune.latency_model import Calibration, fit
@@ -67,13 +67,15 @@ def prune_space(session: Session, space: SearchSpace, table: LatencyTable) -> Se
 
 def compress(session: Session, space: SearchSpace, models: Models) -> WeightDatabase:
     """Calibrate, then compress every surviving entry that is not in the database yet."""
+    config = session.config
     folder = session.folder.path / "database"
     wanted = [[entry.group, entry.scheme] for entry in space.usable()]
+    documents = [session.documents.digest, config.calibration_tokens]
 
     def compute() -> WeightDatabase:
         session.report("compress", 0, 1, "calibration")
-        moments = calibrate.input_moments(models.dense, session.spec, session.calibration_documents)
-        return database.build(models.dense, session.spec, space, moments, folder, session.progress("compress"))
+        texts, progress = session.calibration_documents, session.progress("compress")
+        return database.build(models.dense, session.spec, space, texts, folder, config.compression, progress)
 
     def decode(rows: list[list[str]]) -> WeightDatabase:
         found = WeightDatabase(folder, {(group, scheme): name for group, scheme, name in rows})
@@ -81,7 +83,7 @@ def compress(session: Session, space: SearchSpace, models: Models) -> WeightData
 
     return session.folder.json_stage(
         "compress",
-        [database.METHOD, session.spec.model_hash, session.documents.digest, session.config.calibration_tokens, wanted],
+        [database.METHOD, config.compression, session.spec.model_hash, documents, wanted],
         compute,
         lambda value: [[group, scheme, name] for (group, scheme), name in value.entries.items()],
         decode,

@@ -61,6 +61,8 @@ def finished_run(run: Path, tokens: int) -> Iterator[FinishedRun]:
         models = Models(session, space, table)
         models.database = tables.compress(session, space, models)
         losses = tables.loss_table(session, space, models)
+        if session.local:  # what the run calibrated: a scheme that it dropped was never run in the whole model
+            space = tables.prune_losses(session, space, table, losses)
         calibration = tables.calibrate_latency(session, space, table, models)
         problem = decide.build_problem(session, space, table, losses, calibration)
         if not any(

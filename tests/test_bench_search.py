@@ -87,7 +87,7 @@ def test_every_method_is_read_off_one_front_within_its_evaluations(played):
             assert losses == sorted(losses, reverse=True)  # more time, no more loss
             assert len({row["evaluations"] for row in mine}) == len({row["hypervolume"] for row in mine}) == 1
             if method == "ours":  # races end early
-                assert 0.7 * EVALUATIONS < mine[0]["evaluations"] <= EVALUATIONS + 1e-9
+                assert 0.7 * EVALUATIONS < mine[0]["evaluations"] < EVALUATIONS + 0.5
             elif method in ("nsga2", "tpe", "random"):
                 assert mine[0]["evaluations"] == pytest.approx(EVALUATIONS)
     for method in ("fast", "uniform"):  # they know no seed

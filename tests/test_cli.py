@@ -189,7 +189,7 @@ def test_a_full_disk_exits_5(tune, tmp_path, monkeypatch):
 
 def test_nothing_certifies_exits_6_and_the_plan_says_so(tune, tmp_path):
     """Two documents are too few for a claim."""
-    status, _, err = tune(tmp_path / "run", "--max-loss", "2%", certify_tokens=64)
+    status, _, err = tune(tmp_path / "run", "--max-loss", "2%", "--compression", "wanda", certify_tokens=64)
     assert status == 6
     assert_one_clear_message(err, "certify.not_certified")
     assert "--data" in err

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from autotune.compress import database, wanda
-from autotune.compress.calibrate import input_moments
-from autotune.compress.database import WeightDatabase, compress, pack, stacked_bias, stacked_weight, unpack
+from autotune.compress import database, methods
+from autotune.compress.calibrate import input_statistics
+from autotune.compress.database import WeightDatabase, pack, stacked_bias, stacked_weight, unpack
 from autotune.errors import InputError
 from autotune.kernels.reference import dequantize
 from autotune.model import load_model
@@ -26,7 +26,7 @@ def weight_of(rows=16, columns=256, seed=0):
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_storage_is_exact(name):
-    made = compress(weight_of(), torch.rand(256), scheme(name))
+    made = tiny.rounded(weight_of(), torch.rand(256), scheme(name))
     back = unpack(scheme(name), 256, pack(made), None)
     assert torch.equal(dequantize(back), dequantize(made))
     assert back.scheme == name
@@ -37,7 +37,7 @@ def test_storage_is_exact(name):
 
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_storage_takes_the_bits_the_scheme_says(name):
-    stored = sum(tensor.nbytes for tensor in pack(compress(weight_of(), None, scheme(name))).values())
+    stored = sum(tensor.nbytes for tensor in pack(tiny.rounded(weight_of(), None, scheme(name))).values())
     per_row = 2 * 16 if scheme(name).weight.group_size is None and scheme(name).weight.bits < 16 else 0
     assert stored == scheme(name).bits_per_weight * 16 * 256 / 8 + per_row
 
@@ -45,14 +45,14 @@ def test_storage_takes_the_bits_the_scheme_says(name):
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_the_error_is_that_of_the_bits(name):
     weight = weight_of()
-    error = float((dequantize(compress(weight, None, scheme(name))) - weight).norm() / weight.norm())
+    error = float((dequantize(tiny.rounded(weight, None, scheme(name))) - weight).norm() / weight.norm())
     limit = {4: 0.13, 8: 0.04, 16: 0.002}[scheme(name).weight.bits]
     assert 0 < error < (0.5 if scheme(name).sparsity == "2:4" else limit)
 
 
 @pytest.mark.parametrize("name", [name for name in COMPRESSED if name.startswith("2:4")])
 def test_sparse_schemes_have_two_zeros_in_every_four(name):
-    values = dequantize(compress(weight_of(), torch.rand(256), scheme(name)))
+    values = dequantize(tiny.rounded(weight_of(), torch.rand(256), scheme(name)))
     assert int((values.view(16, -1, 4) != 0).sum(-1).max()) <= 2
 
 
@@ -66,13 +66,17 @@ def test_every_usable_entry_is_in_the_database(databases):
 def test_an_entry_is_the_stacked_group_under_its_scheme(databases, name):
     opened, space, made = databases(name)
     model = load_model(opened)
-    moments = input_moments(model, opened.spec, tiny.tokens(4))
-    for entry in space.usable():
-        if entry.scheme == space.dense:
-            continue
-        group = opened.spec.group(entry.group)
-        expected = compress(stacked_weight(model, group), moments[group.name], scheme(entry.scheme))
-        assert torch.equal(dequantize(made.load(group, entry.scheme)), dequantize(expected))
+    statistics = input_statistics(model, opened.spec.groups, tiny.tokens(4))
+    for group in opened.spec.groups:
+        weight = stacked_weight(model, group)
+        items = [scheme(entry.scheme) for entry in space.schemes(group.name) if entry.scheme != space.dense]
+        for item, expected in zip(items, methods.compress("auto", weight, statistics[group.name], items), strict=True):
+            found = dequantize(made.load(group, item.name))
+            assert torch.equal(found, dequantize(expected.weight))
+            method, error = made.origin(group.name, item.name)
+            assert method == expected.method
+            power = statistics[group.name].output_power
+            assert error == power(found - weight) / power(weight)
 
 
 def test_rows_of_an_entry_are_rows_of_the_whole(databases):
@@ -93,7 +97,7 @@ def test_rows_of_every_scheme(name, tmp_path):
     from safetensors.torch import save_file
 
     group = LayerGroup("g", "up", 0, (Linear("t", "m", 16, 256, False),))
-    save_file(pack(compress(weight_of(), None, scheme(name))), tmp_path / "entry")
+    save_file(pack(tiny.rounded(weight_of(), None, scheme(name))), tmp_path / "entry")
     made = WeightDatabase(tmp_path, {("g", name): "entry"})
     whole, part = made.load(group, name), made.load(group, name, rows=slice(4, 9))
     assert torch.equal(dequantize(part), dequantize(whole)[4:9])
@@ -102,13 +106,12 @@ def test_rows_of_every_scheme(name, tmp_path):
 def test_what_is_there_is_not_made_again(databases, monkeypatch):
     opened, space, made = databases("llama")
     model = load_model(opened)
-    moments = input_moments(model, opened.spec, tiny.tokens(4))
 
     def refuse(*_):
         raise AssertionError("compressed again")
 
-    monkeypatch.setattr(database, "compress", refuse)
-    again = database.build(model, opened.spec, space, moments, made.folder)
+    monkeypatch.setattr(methods, "compress", refuse)
+    again = database.build(model, opened.spec, space, tiny.tokens(4), made.folder)
     assert again.entries == made.entries
 
 
@@ -116,15 +119,15 @@ def test_names_depend_on_what_the_codes_depend_on(databases, tmp_path, monkeypat
     opened, space, made = databases("llama")
     model, spec = load_model(opened), opened.spec
     one = replace(space, entries=tuple(entry for entry in space.entries if entry.scheme == "w8a16-int8"))
-    moments = input_moments(model, spec, tiny.tokens(4))
 
-    def names(spec=spec, moments=moments):
-        return set(database.build(model, spec, one, moments, tmp_path).entries.values())
+    def names(spec=spec, count=4, method="auto"):
+        return set(database.build(model, spec, one, tiny.tokens(count), tmp_path, method).entries.values())
 
     same = names()
     assert same <= set(made.entries.values())
     assert not names(spec=replace(spec, model_hash="other")) & same
-    assert not names(moments={name: value * 2 for name, value in moments.items()}) & same
+    assert not names(count=5) & same
+    assert not names(method="wanda") & same
     monkeypatch.setattr(database, "METHOD", "other/1")
     assert not names() & same
 
@@ -137,32 +140,23 @@ def test_schemes_that_differ_in_their_activations_alone_share_a_file(databases):
         assert (stored[key] == stored[other]) is (made.entries[key] == made.entries[other])
 
 
-def test_a_mask_that_is_known_changes_nothing():
-    moment = torch.rand(256, generator=torch.Generator().manual_seed(1))
-    item, weight = scheme("2:4+w8a8-int8"), weight_of()
-    expected = compress(weight, moment, item)
-    found = compress(weight, moment, item, wanda.mask_24(weight, moment))
-    assert torch.equal(found.codes, expected.codes)
-    assert torch.equal(found.scales, expected.scales)
-
-
 def test_an_interrupted_build_goes_on_where_it_stopped(databases, tmp_path):
     opened, space, made = databases("llama")
     model = load_model(opened)
-    moments = input_moments(model, opened.spec, tiny.tokens(4))
 
     class Stop(Exception):
         pass
 
     def stop(done, total):
-        if done == 5:
+        if done == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        database.build(model, opened.spec, space, moments, tmp_path, stop)
+        database.build(model, opened.spec, space, tiny.tokens(4), tmp_path, progress=stop)
     first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert 2 <= len(first) <= 5  # schemes may share a file
-    assert database.build(model, opened.spec, space, moments, tmp_path).entries == made.entries
+    begun = {group.name for group in opened.spec.groups[:2]}
+    assert set(first) == {name for (group, _), name in made.entries.items() if group in begun}
+    assert database.build(model, opened.spec, space, tiny.tokens(4), tmp_path).entries == made.entries
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name in first} == first
 
 
@@ -196,17 +190,55 @@ def test_members_without_a_bias_get_zeros(databases):
     assert bias.tolist() == [0.0] * 64 + [1.0] * 32 + [0.0] * 32
 
 
-def test_moments_are_mean_squares_of_what_the_group_reads(databases):
-    opened, _, _ = databases("llama")
-    model, documents = load_model(opened), tiny.tokens(3, 10)
-    moments = input_moments(model, opened.spec, documents)
+def seen_by(module, model, documents):
     seen = []
-    head = opened.spec.group("lm_head")
-    handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
     with torch.no_grad():
         for document in documents:
             model(document.unsqueeze(0))
     handle.remove()
-    assert torch.allclose(moments[head.name], torch.cat(seen).square().mean(0), rtol=1e-5)
-    assert set(moments) == {group.name for group in opened.spec.groups}
+    return torch.cat(seen)
+
+
+def test_statistics_are_moments_of_what_the_group_reads(databases):
+    opened, _, _ = databases("llama")
+    model, documents = load_model(opened), tiny.tokens(5, 10)
+    head = opened.spec.group("lm_head")
+    fit = seen_by(model.lm_head, model, [*documents[:3], documents[4]])
+    check = seen_by(model.lm_head, model, documents[3:4])
+    found = input_statistics(model, opened.spec.groups, documents)
+    assert set(found) == {group.name for group in opened.spec.groups}
+    assert torch.allclose(found[head.name].hessian, fit.T @ fit / len(fit), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found[head.name].check, check.T @ check / len(check), rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[head.name].moment, found[head.name].hessian.diagonal())
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_without_hessians_all_documents_make_the_moment(databases):
+    opened, _, _ = databases("llama")
+    model, documents = load_model(opened), tiny.tokens(3, 10)
+    seen = seen_by(model.lm_head, model, documents)
+    found = input_statistics(model, opened.spec.groups, documents, hessians=False)["lm_head"]
+    assert torch.allclose(found.moment, seen.square().mean(0), rtol=1e-5)
+    assert found.fit is None
+    assert found.output_power(torch.ones(2, 2)) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_documents_are_enough(databases, count):
+    opened, _, _ = databases("llama")
+    found = input_statistics(load_model(opened), opened.spec.groups, tiny.tokens(count))["lm_head"]
+    assert bool(found.hessian.diagonal().gt(0).all())
+    assert bool(found.check.diagonal().gt(0).all())
+
+
+def test_groups_are_taken_in_waves_that_fit(databases, tmp_path, monkeypatch):
+    opened, space, made = databases("llama")
+    monkeypatch.setattr(database, "_STATISTICS_BYTES", 8 * 64**2 * 2)
+    waves = list(database._waves(opened.spec.groups))
+    assert [group for wave in waves for group in wave] == list(opened.spec.groups)
+    assert all(len(wave) <= 2 for wave in waves)
+    again = database.build(load_model(opened), opened.spec, space, tiny.tokens(4), tmp_path)
+    assert again.entries == made.entries
+    for name in set(made.entries.values()):
+        assert (tmp_path / name).read_bytes() == (made.folder / name).read_bytes()

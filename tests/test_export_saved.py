@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -141,7 +142,7 @@ def saved_run(
             if group.role == "lm_head" and spec.tied_embeddings:
                 shared.add(group.name)
         else:
-            made = database.compress(stacked, torch.ones(group.in_features), scheme(name))
+            made = tiny.rounded(stacked, torch.ones(group.in_features), scheme(name))
             weights[group.name] = GroupWeight(name, made.dense, made.codes, made.scales, bias)
     for group in spec.groups:
         fused = FusedGroup(group.in_features, [member.out_features for member in group.members])

@@ -110,3 +110,14 @@ def test_nothing_but_the_count_matters():
     other = replace(large, name="other", architecture="B", task="encoder", model_hash="x")
     assert resolve(config(), other) == resolve(config(), large)
     assert samples.LARGE > FULL
+
+
+def test_compression_without_a_hessian_is_for_fast_runs_and_large_models_that_ask_for_nothing_else():
+    small, large = spec(14_000_000), spec(600_000_000)
+    assert resolve(config(), small).compression == "auto"
+    assert resolve(config(fast=True), small).compression == "wanda"
+    assert resolve(config(), large).compression == "wanda"
+    assert resolve(config(fast=True, compression="joint"), large).compression == "joint"
+    assert "compression wanda (of auto" in reduced(resolve(config(), large), large)
+    assert "compression" not in reduced(resolve(config(fast=True), large), large)
+    assert "compression" not in reduced(resolve(config(compression="auto"), large), large)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from autotune import documents
-from autotune.compress import calibrate, database
+from autotune.compress import database
 from autotune.kernels.reference import quantize_activations
 from autotune.model import load_mixed, load_model, load_tokenizer, open_model
 from autotune.reference_model import ReferenceModel
@@ -332,8 +332,8 @@ def test_the_estimate_agrees_with_what_is_measured_on_a_trained_model(tmp_path):
     space = replace(space, entries=tuple(entries))
     texts = documents.read(None, load_tokenizer(DEMO), opened.vocabulary, opened.positions)
     model = load_model(opened, torch.float32)
-    moments = calibrate.input_moments(model, opened.spec, documents.take(texts.calibration, 2000, 256))
-    made = database.build(model, opened.spec, space, moments, tmp_path)
+    calibration = documents.take(texts.calibration, 2000, 256)
+    made = database.build(model, opened.spec, space, calibration, tmp_path)
     reference = ReferenceModel(model, opened.spec, made)
     used = documents.take(texts.search, 24 * 128, 128)
     estimated = score(reference, space, used, draws=4)

@@ -100,14 +100,14 @@ def test_a_plan_says_nothing_of_when_or_how_fast_it_was(finished):
     assert not {"created", "measured_ms", "seconds"} & set(finished.plan.model_dump())
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"trials": 0}, {"fast": True}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"trials": 0}, {"fast": True, "compression": "auto"}])
 def test_other_settings_search_again_but_measure_nothing_twice(finished, home, tmp_path, change, monkeypatch):
     shutil.copytree(home / "run", tmp_path / "run")
 
     def refuse(*_args, **_options):
         raise AssertionError("compressed again")
 
-    monkeypatch.setattr("autotune.compress.database.compress", refuse)
+    monkeypatch.setattr("autotune.compress.methods.compress", refuse)
     assert tune(config_of(home, tmp_path / "run", **change), until="search").front.candidates
 
 

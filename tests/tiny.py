@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autotune.kernels.spec import KERNELS
+from autotune.compress import methods
+from autotune.compress.calibrate import InputStatistics
+from autotune.kernels.spec import KERNELS, GroupWeight
 from autotune.profilers.jobs import needed
 from autotune.profilers.memory import packed_weight_bytes
 from autotune.profilers.table import LatencyTable
-from autotune.search_space.schemes import scheme
+from autotune.search_space.schemes import Scheme, scheme
 from autotune.search_space.space import SearchSpace, build
 from autotune.search_space.workload import parse
 from autotune.targets import detect
@@ -65,6 +67,12 @@ def write_documents(path: Path, count: int = 24, length: int = 48, seed: int = 0
 def tokens(count: int, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (length,), generator=generator) for _ in range(count)]
+
+
+def rounded(weight: torch.Tensor, moment: torch.Tensor | None, item: Scheme) -> GroupWeight:
+    """One group (out, in) under a scheme, rounded to nearest after Wanda's mask."""
+    moment = torch.ones(weight.shape[1]) if moment is None else moment
+    return methods.METHODS["wanda"](weight, InputStatistics(moment), [item])[0]
 
 
 def here() -> Target:

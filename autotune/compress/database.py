@@ -8,7 +8,8 @@ layouts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotune.compress import rounding, wanda
+from autotune.compress import methods
+from autotune.compress.calibrate import InputStatistics, input_statistics
 from autotune.errors import InputError
 from autotune.kernels.packing import compress_24, expand_24, pack_codes, unpack_codes
 from autotune.kernels.spec import GroupWeight
@@ -25,12 +27,13 @@ from autotune.search_space.schemes import Scheme, scheme
 from autotune.search_space.space import SearchSpace
 from autotune.store import digest, write_bytes
 
-METHOD = "rtn-clip/1"  # part of every entry's name; change it whenever the codes would change
+METHOD = "joint/1"  # part of every entry's name; change it whenever the codes would change
+_STATISTICS_BYTES = 2**30  # of calibration held at a time
 
 
 @dataclass(frozen=True)
 class WeightDatabase:
-    """`entries`: (group, scheme) -> file name; `moments_digest` ties it to the calibration text."""
+    """`entries`: (group, scheme) -> file name."""
 
     folder: Path
     entries: dict[tuple[str, str], str]
@@ -47,6 +50,15 @@ class WeightDatabase:
             tensors = {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118 - not a mapping
         return unpack(scheme(name), group.in_features, tensors, None if bias is None else bias[rows])
 
+    def origin(self, group: str, name: str) -> tuple[str, float | None]:
+        """(method, error of the group's output: squared, relative, on calibration documents set aside) of an entry;
+        no error where the method took no Hessian."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.entries[group, name], framework="pt") as file:
+            about = json.loads(file.metadata()["origin"])
+        return about["method"], about["layer_error"]
+
     @property
     def bytes(self) -> int:
         return sum((self.folder / name).stat().st_size for name in set(self.entries.values()))
@@ -56,49 +68,69 @@ def build(
     model: nn.Module,
     spec: ModelSpec,
     space: SearchSpace,
-    moments: Mapping[str, torch.Tensor],
+    documents: Sequence[torch.Tensor],
     folder: Path,
+    method: str = methods.AUTO,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightDatabase:
-    """Compress every usable entry of the space that is not there yet."""
+    """Compress every usable entry of the space that is not there yet, group by group.
+
+    Args:
+        documents: token ids to calibrate on, each (positions,); some are kept to judge methods by.
+        method: one of `methods.METHODS`, or `methods.AUTO`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [entry for entry in space.usable() if not scheme(entry.scheme).is_dense]
+    calibration = digest([document.tolist() for document in documents])
     entries: dict[tuple[str, str], str] = {}
-    masks: dict[str, torch.Tensor] = {}  # of the group at hand: sparse schemes share it
-    for number, entry in enumerate(wanted):
-        group, item = spec.group(entry.group), scheme(entry.scheme)
-        moment = moments[group.name]
+    missing: dict[str, dict[str, Scheme]] = {}  # group -> file -> what to store there
+    for entry in space.usable():
+        item = scheme(entry.scheme)
+        if item.is_dense:
+            continue
         stored = [item.sparsity, asdict(item.weight)]
-        key = digest([METHOD, spec.model_hash, group.name, stored, digest(moment.numpy().tobytes())])
-        name = f"{key[:32]}.safetensors"
+        key = digest([METHOD, method, spec.model_hash, entry.group, stored, calibration])
+        name = entries[entry.group, entry.scheme] = f"{key[:32]}.safetensors"
         if not (folder / name).is_file():
-            dense = stacked_weight(model, group)
-            if item.sparsity == "2:4" and group.name not in masks:
-                masks = {group.name: wanda.mask_24(dense, moment)}
-            keep = masks[group.name] if item.sparsity == "2:4" else None
-            write_bytes(folder / name, _serialize(pack(compress(dense, moment, item, keep))))
-        entries[group.name, entry.scheme] = name
-        if progress:
-            progress(number + 1, len(wanted))
+            missing.setdefault(entry.group, {}).setdefault(name, item)
+    done = 0
+    for wave in _waves([group for group in spec.groups if group.name in missing]):
+        statistics = input_statistics(model, wave, documents, methods.takes_hessian(method))
+        for group in wave:
+            _compress_group(model, group, statistics.pop(group.name), missing[group.name], folder, method)
+            done += 1
+            if progress:
+                progress(done, len(missing))
     return WeightDatabase(folder, entries)
 
 
-def compress(
-    weight: torch.Tensor, moment: torch.Tensor | None, item: Scheme, keep: torch.Tensor | None = None
-) -> GroupWeight:
-    """Round-to-nearest with clipping, after Wanda's mask where the scheme is sparse.
+def _waves(groups: Sequence[LayerGroup]) -> Iterator[list[LayerGroup]]:
+    """Groups whose statistics are held at one time: each wave costs a pass over the calibration documents."""
+    wave: list[LayerGroup] = []
+    held = 0
+    for group in groups:
+        size = 8 * group.in_features**2
+        if wave and held + size > _STATISTICS_BYTES:
+            yield wave
+            wave, held = [], 0
+        wave.append(group)
+        held += size
+    if wave:
+        yield wave
 
-    Args:
-        weight: (out_features, in_features) fp32.
-        moment: (in_features,) mean squared input.
-        keep: (out_features, in_features) bool, that mask where it is known already.
-    """
-    if item.sparsity == "2:4" and keep is None:
-        keep = wanda.mask_24(weight, moment)
-    if item.weight.bits >= 16:
-        return GroupWeight(item.name, dense=(weight * keep if keep is not None else weight).to(torch.bfloat16))
-    codes, scales = rounding.quantize(weight, moment, item.weight, keep)
-    return GroupWeight(item.name, codes=codes, scales=scales)
+
+def _compress_group(
+    model: nn.Module,
+    group: LayerGroup,
+    inputs: InputStatistics,
+    wanted: Mapping[str, Scheme],
+    folder: Path,
+    method: str,
+) -> None:
+    dense = stacked_weight(model, group)
+    made = methods.compress(method, dense, inputs, list(wanted.values()))
+    for name, found in zip(wanted, made, strict=True):
+        origin = json.dumps({"method": found.method, "layer_error": found.layer_error})
+        write_bytes(folder / name, _serialize(pack(found.weight), origin))
 
 
 def stacked_weight(model: nn.Module, group: LayerGroup) -> torch.Tensor:
@@ -152,7 +184,7 @@ def unpack(
     return GroupWeight(item.name, codes=values, scales=tensors["scales"].float(), bias=bias)
 
 
-def _serialize(tensors: dict[str, torch.Tensor]) -> bytes:
+def _serialize(tensors: dict[str, torch.Tensor], origin: str) -> bytes:
     from safetensors.torch import save
 
-    return save(tensors)
+    return save(tensors, {"origin": origin})  # one key: the order of several is not fixed

@@ -62,8 +62,12 @@ def _quantize_chunk(
 
 
 def _encode(weight: torch.Tensor, scale: torch.Tensor, number: NumberFormat, out: torch.Tensor) -> torch.Tensor:
-    torch.div(weight, scale.unsqueeze(-1), out=out)
+    return round_to(torch.div(weight, scale.unsqueeze(-1), out=out), number)
+
+
+def round_to(values: torch.Tensor, number: NumberFormat) -> torch.Tensor:
+    """Weights over scales to the nearest codes, in place."""
     if number.kind == "int":
-        return out.round_().clamp_(-number.qmax, number.qmax)
-    clamped = out.clamp_(-number.qmax, number.qmax)
-    return out.copy_(clamped.to(torch.float8_e4m3fn).float())
+        return values.round_().clamp_(-number.qmax, number.qmax)
+    clamped = values.clamp_(-number.qmax, number.qmax)
+    return values.copy_(clamped.to(torch.float8_e4m3fn).float())

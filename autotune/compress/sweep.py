@@ -1,0 +1,93 @@
+"""The joint sweep: pruning and rounding errors of many formats compensated in one pass over one Hessian.
+
+GPTQ (arXiv 2210.17323): inputs are rounded one after the other, and what rounding (or a pruned position: SparseGPT,
+arXiv 2301.00774) does to the output is made up for by the inputs still to come,
+
+    e = (w_i - q_i) / U_ii,   w_j -= e U_ij for j > i,   with H^-1 = U^T U.
+
+U depends on the inputs alone and rows do not see each other, so all formats of a group are stacked as rows of one
+matrix and swept at once. Scales are fixed before (static groups), from the weights that start the sweep, so that the
+order of inputs is free. Weights lie input by input here: an input of all rows is one contiguous line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autotune.compress.curvature import SweepFactor
+from autotune.compress.rounding import round_to
+from autotune.search_space.schemes import NumberFormat
+
+_BLOCK = 32  # inputs swept before their errors are carried to the rest by one product
+_LINE = 2**13  # rows swept together: a block of them stays in cache
+
+
+@dataclass(frozen=True)
+class Start:
+    """One format's rows before the sweep."""
+
+    number: NumberFormat
+    weight: torch.Tensor  # (out, in) fp32; zero where pruned
+    scales: torch.Tensor  # (out, groups) fp32
+    keep: torch.Tensor | None = None  # (out, in) bool; elsewhere codes are zero
+
+
+def sweep(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
+    """Codes (out, in) fp32 of every format, values its number format holds. All starts have the same shape."""
+    rows = len(starts[0].weight)
+    step = max(1, _LINE // len(starts))
+    codes = [torch.empty_like(start.weight) for start in starts]
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        pieces = [
+            Start(s.number, s.weight[part], s.scales[part], None if s.keep is None else s.keep[part]) for s in starts
+        ]
+        for whole, piece in zip(codes, _sweep_rows(pieces, factor), strict=True):
+            whole[part] = piece
+    return codes
+
+
+def _sweep_rows(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
+    order, upper = factor.order, factor.upper
+    inputs, rows = len(order), len(starts[0].weight)
+    weight = torch.cat([start.weight.t()[order] for start in starts], 1)  # (in, rows of all formats)
+    keep = _keep(starts, order)
+    codes = torch.empty_like(weight)
+    for first in range(0, inputs, _BLOCK):
+        last = min(first + _BLOCK, inputs)
+        block = slice(first, last)
+        scales = torch.cat([_scales(start, order[block], inputs) for start in starts], 1)  # (block, rows)
+        errors = torch.empty_like(scales)
+        for place in range(last - first):
+            here = first + place
+            line, scale = weight[here], scales[place]
+            code = torch.div(line, scale, out=codes[here])
+            for number, start in enumerate(starts):
+                round_to(code[number * rows : (number + 1) * rows], start.number)
+            if keep is not None:
+                code *= keep[here]
+            error = torch.addcmul(line, code, scale, value=-1, out=errors[place]).div_(float(upper[here, here]))
+            if place + 1 < last - first:
+                weight[here + 1 : last].addr_(upper[here, here + 1 : last], error, alpha=-1)
+        if last < inputs:
+            weight[last:].addmm_(upper[block, last:].t(), errors, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[order] = codes
+    return [piece.t().contiguous() for piece in unordered.split(rows, 1)]
+
+
+def _keep(starts: Sequence[Start], order: torch.Tensor) -> torch.Tensor | None:
+    """(in, rows of all formats) bool, or None where nothing is pruned."""
+    if all(start.keep is None for start in starts):
+        return None
+    parts = [torch.ones_like(s.weight, dtype=torch.bool) if s.keep is None else s.keep for s in starts]
+    return torch.cat([part.t()[order] for part in parts], 1)
+
+
+def _scales(start: Start, places: torch.Tensor, inputs: int) -> torch.Tensor:
+    """(places, rows): the scale of every input of a block."""
+    size = start.number.group_size or inputs
+    return start.scales.t()[places // size]
