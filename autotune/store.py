@@ -225,9 +225,12 @@ class Memo:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS memo (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+            with contextlib.ExitStack() as opened:
+                opened.callback(self._db.close)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.execute("CREATE TABLE IF NOT EXISTS memo (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+                opened.pop_all()  # all is well: it stays open
         except sqlite3.Error as error:
             hint = "Move the file away to start afresh."
             raise DeviceError("store.database", f"{path} cannot be opened: {error}.", hint) from error

@@ -83,8 +83,9 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def profiled(bad_kernels, small, tmp_path_factory):
+def profiled(bad_kernels, small, tmp_path_factory, request):
     memo = Memo(tmp_path_factory.mktemp("memo") / "memo.db")
+    request.addfinalizer(memo.close)
     space = build(small, TARGET, bad_kernels, local=True)
     said = []
     table = profile(
@@ -207,7 +208,8 @@ def run(tmp_path, monkeypatch, small):
         monkeypatch.setattr(latency, "stream", children)
         return profile(small, space, target, workload, memo, kernels=kernels, **more), children
 
-    return run
+    yield run
+    memo.close()
 
 
 def test_killed_for_memory_is_tried_again_with_half(run):

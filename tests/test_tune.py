@@ -87,6 +87,15 @@ def test_the_report_says_why_this_point_and_how_loss_was_judged(finished):
     assert all(set(factors) == {"prefill", "decode"} for factors in report["calibration"]["factors"].values())
 
 
+def test_the_report_says_what_compressed_each_group(finished):
+    for row in finished.report["groups"]:
+        if row["scheme"] == "fp32":
+            assert row["compression"] is None
+        else:
+            assert row["compression"]["method"] in ("joint", "wanda")
+            assert 0 <= row["compression"]["layer_error"] < 1
+
+
 def test_the_saved_model_is_the_certified_one(finished, home):
     loaded = autotune.load(home / "run")
     ids = torch.arange(10).view(1, 10)

@@ -43,6 +43,7 @@ def _group(
         "scheme": chosen.scheme,
         "kernel": chosen.kernel,
         "why": why(item, chosen, result.space),
+        "compression": _compression(result, group.name, chosen.scheme),
         "latency_us": chosen.latency_us,
         "dense_latency_us": dense.latency_us,
         "loss_nats": chosen.loss_nats if result.losses else None,
@@ -54,6 +55,14 @@ def _group(
         "options": _options(result, group, item, chosen),
         "roofline": _roofline(result, group, {dense.scheme, chosen.scheme}, jobs),
     }
+
+
+def _compression(result: Result, group: str, name: str) -> dict[str, Any] | None:
+    """Which method made the weights that were chosen, and the squared relative error it left in the group's output."""
+    if result.database is None or scheme(name).is_dense:
+        return None
+    method, error = result.database.origin(group, name)
+    return {"method": method, "layer_error": error}
 
 
 def _options(result: Result, group: LayerGroup, item: GroupOptions, chosen: Option) -> list[dict[str, Any]]:

@@ -52,8 +52,17 @@ def _group(cell: Cell) -> Html:
         class_="row",
     )
     shape = f"{group['in_features']} → {group['out_features']}, {words.count(group['weights'])} weights"
-    note = tag("p", tag("b", group["name"]), f": {shape}; runs on {group['kernel']}", class_="note")
+    text = f": {shape}; runs on {group['kernel']}{_compression(group['compression'])}"
+    note = tag("p", tag("b", group["name"]), text, class_="note")
     return tag("details", summary, tag("div", note, _options(group["options"]), class_="inside"))
+
+
+def _compression(made: dict[str, Any] | None) -> str:
+    if made is None:
+        return ""
+    error = made["layer_error"]
+    left = "" if error is None else f", which leaves {100 * error:.2g}% of its output's power as error"
+    return f"; compressed by {made['method']}{left}"
 
 
 def _options(options: Sequence[dict[str, Any]]) -> Html:

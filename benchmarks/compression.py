@@ -1,0 +1,203 @@
+"""What does a compression method cost the model? One method and format everywhere, on held-out documents, paired.
+
+    python benchmarks/compression.py [MODEL] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
+                                     [--formats int4-g128,2:4,...] [--data FILE] [--json FILE]
+
+MODEL is a folder (default: the demo model). All layer groups are compressed the same way, from the dense model's inputs
+on the calibration documents, three quarters of which weights are fitted to; the rest of the model stays as it is, and
+activations are left alone. Losses are measured in fp32 on certification documents, against the dense model.
+
+joint             this project's: 2:4 mask by ADMM, weights by least squares, one sweep that rounds
+prune-then-gptq   SparseGPT's mask and update, then GPTQ on what is left
+gptq-then-prune   GPTQ, then Wanda's mask on its result
+wanda             Wanda's mask, then rounding to nearest with clipped scales
+hwpq              HWPQ's mask, then the same rounding
+magnitude         the largest weights, then the same rounding
+
+Written by `--json` (one object):
+    model, documents, tokens, calibration_tokens, dense_perplexity    what was measured on
+    rows        one per method and format:
+        method, format
+        kl_nats, dnll_nats      mean over tokens {mean, low, high}: 95% over documents
+        perplexity              of the compressed model
+        over_joint              KL of this method minus that of joint, {mean, low, high}, paired by document; null for
+                                joint itself and where joint was not asked for
+        layer_error             mean over groups of the outputs' squared relative error on documents set aside
+        seconds                 compressing all groups in this format alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from compression_rivals import RIVALS, valued
+from scipy import stats
+from torch import nn
+
+from autotune import documents as texts
+from autotune.compress.calibrate import InputStatistics, input_statistics
+from autotune.compress.database import stacked_weight
+from autotune.compress.methods import METHODS
+from autotune.kernels.allocator import keep_large_blocks
+from autotune.model import load_model, load_tokenizer, open_model
+from autotune.reference_model import ReferenceModel
+from autotune.search.problem import Evaluation
+from autotune.search_space.groups import LayerGroup, ModelSpec
+from autotune.search_space.schemes import NumberFormat, Scheme
+from autotune.teacher import Teacher
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
+FORMATS = {
+    "int8": Scheme("int8", NumberFormat("int", 8)),
+    "int4-g128": Scheme("int4-g128", NumberFormat("int", 4, 128)),
+    "int3-g128": Scheme("int3-g128", NumberFormat("int", 3, 128)),
+    "2:4": Scheme("2:4", NumberFormat("float", 16), None, "2:4"),
+    "2:4+int8": Scheme("2:4+int8", NumberFormat("int", 8), None, "2:4"),
+    "2:4+int4-g128": Scheme("2:4+int4-g128", NumberFormat("int", 4, 128), None, "2:4"),
+}
+ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in ("wanda", "hwpq", "magnitude")}}
+
+
+class Stitched:
+    """The dense model, or one whose group weights were replaced; what `Teacher` measures."""
+
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
+        self.model = model
+        self.spec = spec
+        self.dense = {group.name: stacked_weight(model, group) for group in spec.groups}
+        self.weights: dict[str, torch.Tensor] = {}  # of the configuration that is not dense
+        self._is_dense = True
+
+    def select(self, configuration: Mapping[str, str]) -> None:
+        if self._is_dense is not (not configuration):
+            for group in self.spec.groups:
+                self._write(group, (self.weights if configuration else self.dense)[group.name])
+            self._is_dense = not configuration
+
+    def _write(self, group: LayerGroup, weight: torch.Tensor) -> None:
+        parts = weight.split([member.out_features for member in group.members])
+        for member, part in zip(group.members, parts, strict=True):
+            module: Any = self.model.get_submodule(member.module)
+            module.weight.data.copy_(part.t() if member.transposed else part)
+
+    @torch.inference_mode()
+    def outputs(self, document: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.model(document.unsqueeze(0)).logits[0])
+
+
+def compressed(
+    stitched: Stitched, method: str, item: Scheme, statistics: Mapping[str, InputStatistics]
+) -> tuple[float, float]:
+    """Fill `stitched.weights`; returns (mean layer error, seconds)."""
+    errors, seconds = [], 0.0
+    for group in stitched.spec.groups:
+        dense, inputs = stitched.dense[group.name], statistics[group.name]
+        start = time.perf_counter()
+        weight = valued(ALL[method](dense, inputs, [item])[0], item)
+        seconds += time.perf_counter() - start
+        stitched.weights[group.name] = weight
+        errors.append((inputs.output_power(weight - dense) or 0.0) / (inputs.output_power(dense) or 1.0))
+    return sum(errors) / len(errors), seconds
+
+
+def interval(values: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
+    """Mean over tokens with its 95% interval over documents (ratio estimator)."""
+    sums, weights = np.asarray(values), np.asarray(tokens)
+    mean = float(sums.sum() / weights.sum())
+    residual = sums - mean * weights
+    count = len(sums)
+    error = math.sqrt(float((residual**2).sum()) * count / (count - 1)) / float(weights.sum())
+    reach = float(stats.t.ppf(0.975, count - 1)) * error
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def row(
+    method: str, name: str, found: Evaluation, joint: Evaluation | None, dense: float, made: tuple[float, float]
+) -> dict[str, Any]:
+    loss = interval(found.dnll, found.tokens)
+    apart = None
+    if joint is not None and method != "joint":
+        apart = interval([a - b for a, b in zip(found.kl, joint.kl, strict=True)], found.tokens)
+    return {
+        "method": method,
+        "format": name,
+        "kl_nats": interval(found.kl, found.tokens),
+        "dnll_nats": loss,
+        "perplexity": dense * math.exp(min(loss["mean"], 100.0)),
+        "over_joint": apart,
+        "layer_error": made[0],
+        "seconds": made[1],
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    opened = open_model(str(arguments.model))
+    source = texts.read(arguments.data, load_tokenizer(opened.folder), opened.vocabulary, opened.positions)
+    calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
+    held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
+    model = load_model(opened, torch.float32)
+    statistics = input_statistics(model, opened.spec.groups, calibration)
+    stitched = Stitched(model, opened.spec)
+    teacher = Teacher(cast(ReferenceModel, stitched), held_out, (1.0,))
+    dense = teacher.perplexity()
+    rows = []
+    for name in arguments.formats:
+        joint: Evaluation | None = None
+        for method in arguments.methods:
+            made = compressed(stitched, method, FORMATS[name], statistics)
+            found = teacher.measure({"all": name})
+            stitched.select({})
+            joint = found if method == "joint" else joint
+            rows.append(row(method, name, found, joint, dense, made))
+            print(line(rows[-1]), flush=True)
+    return {
+        "model": opened.spec.name,
+        "documents": source.name,
+        "tokens": sum(map(len, held_out)),
+        "calibration_tokens": sum(map(len, calibration)),
+        "dense_perplexity": dense,
+        "rows": rows,
+    }
+
+
+def line(item: Mapping[str, Any]) -> str:
+    kl, apart = item["kl_nats"], item["over_joint"]
+    text = f"{item['format']:14} {item['method']:16} KL {kl['mean']:.5f} ({kl['low']:.5f} to {kl['high']:.5f})"
+    text += f"  perplexity {item['perplexity']:8.2f}  layer error {item['layer_error']:.5f}  {item['seconds']:5.1f} s"
+    if apart is not None:
+        text += f"  over joint {apart['mean']:+.5f} ({apart['low']:+.5f} to {apart['high']:+.5f})"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", type=Path, default=DEMO, help="a model folder")
+    parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens to measure on")
+    parser.add_argument("--calibration", type=int, default=16_384, help="calibration tokens")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ALL))
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=list(FORMATS))
+    parser.add_argument("--data", type=Path, help="text or JSONL; default: the bundled text")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    for given, known in ((arguments.methods, ALL), (arguments.formats, FORMATS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    keep_large_blocks()
+    value = measure(arguments)
+    print(f"{value['model']}, {value['documents']}, {value['tokens']:,} held-out tokens", end="")
+    print(f", dense perplexity {value['dense_perplexity']:.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

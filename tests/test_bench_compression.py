@@ -1,0 +1,88 @@
+"""The compression benchmark: every method on the same model and tokens, differences paired by document."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_compress_sweep import correlated, error, weights
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("bench_compression", BENCHMARKS / "compression.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCHMARKS))
+    sys.modules.pop("compression_rivals", None)
+
+
+@pytest.fixture(scope="module")
+def value(bench, models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compression")
+    data = tiny.write_documents(folder / "data.jsonl")
+    arguments = [str(models("llama")), "--data", str(data), "--json", str(folder / "rows.json")]
+    assert bench.main([*arguments, "--tokens", "200", "--formats", "int8,2:4,2:4+int8"]) == 0
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_every_method_is_measured_in_every_format(bench, value):
+    assert [(row["format"], row["method"]) for row in value["rows"]] == [
+        (name, method) for name in ("int8", "2:4", "2:4+int8") for method in bench.ALL
+    ]
+    for row in value["rows"]:
+        kl = row["kl_nats"]
+        assert 0 < kl["low"] <= kl["mean"] <= kl["high"]
+        expected = value["dense_perplexity"] * math.exp(row["dnll_nats"]["mean"])
+        assert row["perplexity"] == pytest.approx(expected)
+        assert row["layer_error"] > 0
+
+
+def test_differences_are_those_of_the_means(value):
+    for row in value["rows"]:
+        joint = next(r for r in value["rows"] if (r["method"], r["format"]) == ("joint", row["format"]))
+        if row is joint:
+            assert row["over_joint"] is None
+        else:
+            assert row["over_joint"]["mean"] == pytest.approx(row["kl_nats"]["mean"] - joint["kl_nats"]["mean"])
+
+
+def test_the_model_is_dense_again_between_two_configurations(bench, models):
+    opened = bench.open_model(str(models("gpt2")))
+    model = bench.load_model(opened, torch.float32)
+    stitched = bench.Stitched(model, opened.spec)
+    document = tiny.tokens(1)[0]
+    before = stitched.outputs(document)
+    stitched.weights = {name: torch.zeros_like(weight) for name, weight in stitched.dense.items()}
+    stitched.select({"all": "x"})
+    assert not torch.equal(stitched.outputs(document), before)
+    stitched.select({})
+    assert torch.equal(stitched.outputs(document), before)
+
+
+def test_sparsegpt_prunes_better_than_wanda_and_leaves_two_of_four(bench):
+    from compression_rivals import sparsegpt
+
+    from autotune.compress import wanda
+
+    hessian, weight = correlated(), weights()
+    found, kept = sparsegpt(weight, hessian)
+    assert torch.equal(kept.view(24, -1, 4).sum(-1), torch.full((24, 32), 2))
+    assert not bool(found[~kept].any())
+    assert error(weight, found, hessian) < error(weight, weight * wanda.mask_24(weight, hessian.diagonal()), hessian)
+
+
+def test_unknown_names_are_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--methods", "jiont"])
+    assert "jiont" in capsys.readouterr().err
