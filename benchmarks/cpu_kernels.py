@@ -18,12 +18,14 @@ could not be run, with reasons) and `rows`, one per cell and candidate:
     shape, n, k           the layer: outputs x inputs
     m                     rows
     weights               "cold" or "hot"
-    scheme, kernel        what is computed, and by what; peers are named PACKAGE.FORMAT
+    scheme, kernel        what is computed, and by what; peers are named PACKAGE.FORMAT. "read": nothing is computed,
+                          the bytes of the dense weights are read as the weights are (a reduction of torch)
     latency_us            {median, low, high}: one multiplication, everything it needs included; 95%
     speedup_over_bf16     over the fastest dense bf16 kernel of the cell: median of ratios paired by round
     speedup_low, speedup_high    its 95% interval
     gb_per_s              bytes of packed weights over the median
     roofline_share        that over the read bandwidth at this working set; null with --no-roofline
+    read_share            gb_per_s over that of "read" in the same cell: the share of what memory gave at that time
     packed_bytes          of one weight, as the kernel holds it
     working_set_bytes     of all copies taken in turn
     rounds, noisy         samples; whether their spread or drift is more than the timer trusts
@@ -41,6 +43,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cpu_own import READ
 from cpu_shapes import SHAPES, chosen
 from peers import ENGINES, KERNEL_PEERS, SETTLE_S, Case, EngineGone, Remote, available
 
@@ -169,6 +172,8 @@ def rows_of(
     single = {name: _scaled(timings[name], item["multiplications"]) for name, item in described.items()}
     dense = [single[name] for name, item in described.items() if item["scheme"] == "bf16"]
     baseline = min(dense, key=lambda timing: timing.median_us, default=None)
+    rates = {name: item["packed_bytes"] / single[name].median_us / 1e3 for name, item in described.items()}
+    read = next((rates[name] for name, item in described.items() if item["scheme"] == READ), None)
     for name, item in sorted(described.items(), key=lambda pair: single[pair[0]].median_us):
         timing = single[name]
         speedup = ratio(baseline, timing) if baseline else None
@@ -184,8 +189,9 @@ def rows_of(
             "speedup_over_bf16": speedup.value if speedup else None,
             "speedup_low": speedup.low if speedup else None,
             "speedup_high": speedup.high if speedup else None,
-            "gb_per_s": item["packed_bytes"] / timing.median_us / 1e3,
+            "gb_per_s": rates[name],
             "roofline_share": None,
+            "read_share": rates[name] / read if read else None,
             "packed_bytes": item["packed_bytes"],
             "working_set_bytes": item["working_set_bytes"],
             "rounds": timing.rounds,
@@ -217,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = rows[0]
     lines = [f"{head['shape']} ({head['n']} x {head['k']}), m = {head['m']}, {head['weights']}"]
     for row in rows:
-        time_us, share = row["latency_us"], row["roofline_share"]
+        time_us, share, read = row["latency_us"], row["roofline_share"], row["read_share"]
         speedup = row["speedup_over_bf16"]
         lines.append(
             f"  {row['kernel']:32}{row['scheme']:20}{time_us['median']:12.1f} us"
@@ -225,6 +231,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             + ("" if speedup is None else f"{speedup:7.2f}x")
             + f"{row['gb_per_s']:8.1f} GB/s"
             + ("" if share is None else f"{share:7.0%}")
+            + ("" if read is None else f"{read:7.0%} of read")
             + (" noisy" if row["noisy"] else "")
         )
     return "\n".join(lines)

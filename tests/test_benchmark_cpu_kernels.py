@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("cpu_shapes", "peers", "peers_child", "cpu_kernels")
+NAMES = ("cpu_shapes", "cpu_own", "peers", "peers_child", "cpu_kernels")
 KEYS = {
     *("shape", "n", "k", "m", "weights", "scheme", "kernel", "latency_us", "speedup_over_bf16", "speedup_low"),
-    *("speedup_high", "gb_per_s", "roofline_share", "packed_bytes", "working_set_bytes", "rounds", "noisy"),
+    *(
+        "speedup_high",
+        "gb_per_s",
+        "roofline_share",
+        "read_share",
+        "packed_bytes",
+        "working_set_bytes",
+        "rounds",
+        "noisy",
+    ),
 }
 TINY = ["--rounds", "3", "--seconds", "0.1", "--threads", "1", "--cache-bytes", "65536", "--no-roofline"]
 PATTERNS = ["--schemes", "w8a16-int8,w4a16-int4-g32", "--peers"]
@@ -62,7 +71,15 @@ def test_every_cell_has_the_same_candidates_and_a_dense_one(ours):
     found = cells[1, "cold"]
     assert ("torch.cpu.bf16", "bf16") in found
     assert ("torch.cpu.w8a16", "w8a16-int8") in found
-    assert {scheme for _, scheme in found} <= {"bf16", "w8a16-int8", "w4a16-int4-g32"}
+    assert {scheme for _, scheme in found} <= {"bf16", "w8a16-int8", "w4a16-int4-g32", "read"}
+
+
+def test_every_cell_says_what_share_of_reading_a_kernel_reaches(ours):
+    for row in ours["rows"]:
+        cell = [r for r in ours["rows"] if (r["m"], r["weights"]) == (row["m"], row["weights"])]
+        read = next(r for r in cell if r["kernel"] == "read")
+        assert read["packed_bytes"] == 128 * 256 * 2
+        assert row["read_share"] == pytest.approx(row["gb_per_s"] / read["gb_per_s"])
 
 
 def test_cold_weights_outgrow_the_cache_and_hot_ones_do_not(ours):
