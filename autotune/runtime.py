@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotune.attention import pack_query_heads
 from autotune.compress import database
 from autotune.errors import DeviceError, InputError
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
+from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
@@ -57,6 +59,7 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
         _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
     for name, group in groups.items():
         _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
+    quicken(model)
     keep_large_blocks()
     return model
 
@@ -89,8 +92,16 @@ def load(folder: Path | str) -> nn.Module:
     if absent or unexpected:
         what = f"missing {absent[:3] or missing[:3]}, unexpected {unexpected[:3]}"
         raise InputError("apply.weights", f"{path / WEIGHTS} does not fit its plan: {what}.", "Save the model again.")
+    quicken(model)
     keep_large_blocks()
     return model.requires_grad_(False).eval()
+
+
+def quicken(model: nn.Module) -> None:
+    """What is done to any model that runs here, dense or compressed, besides its layer groups: same results but for the
+    order of sums."""
+    fuse_norms(model)
+    pack_query_heads(model)
 
 
 def save(

