@@ -39,10 +39,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from compression_rivals import RIVALS, valued
-from scipy import stats
 from torch import nn
 
 from autotune import documents as texts
+from autotune.certify import bound
 from autotune.compress.calibrate import InputStatistics, input_statistics
 from autotune.compress.database import stacked_weight
 from autotune.compress.methods import METHODS
@@ -109,14 +109,9 @@ def compressed(
 
 
 def interval(values: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
-    """Mean over tokens with its 95% interval over documents (ratio estimator)."""
-    sums, weights = np.asarray(values), np.asarray(tokens)
-    mean = float(sums.sum() / weights.sum())
-    residual = sums - mean * weights
-    count = len(sums)
-    error = math.sqrt(float((residual**2).sum()) * count / (count - 1)) / float(weights.sum())
-    reach = float(stats.t.ppf(0.975, count - 1)) * error
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+    """Mean over tokens with its 95% interval over documents."""
+    found = bound(np.asarray(values), np.asarray(tokens), 0.025, int(sum(tokens)))  # on either side
+    return {"mean": found.mean, "low": found.lower, "high": found.upper}
 
 
 def row(

@@ -12,7 +12,7 @@ from autotune.compress.curvature import damped, sweep_factor
 from autotune.compress.methods import Method
 from autotune.compress.sweep import Start, sweep
 from autotune.kernels.spec import GroupWeight
-from autotune.search_space.schemes import NumberFormat, Scheme
+from autotune.search_space.schemes import Scheme
 
 _BLOCK = 64
 
@@ -73,11 +73,8 @@ def valued(weight: GroupWeight, item: Scheme) -> torch.Tensor:
     if weight.dense is not None:
         return weight.dense.float()
     assert weight.codes is not None and weight.scales is not None
-    return weight.codes.float() * weight.scales.repeat_interleave(_group(item.weight, weight.codes.shape[1]), 1)
-
-
-def _group(number: NumberFormat, inputs: int) -> int:
-    return number.group_size or inputs
+    size = item.weight.group_size or weight.codes.shape[1]
+    return weight.codes.float() * weight.scales.repeat_interleave(size, 1)
 
 
 RIVALS: dict[str, Method] = {"prune-then-gptq": prune_then_gptq, "gptq-then-prune": gptq_then_prune}

@@ -1,5 +1,4 @@
-"""Root-mean-square normalisation as one call, in `norm.cpp`: eager torch takes eight, which cost more than the layers'
-multiplications do when one row is decoded."""
+"""Root-mean-square normalisation as one call, in `norm.cpp`, where eager torch takes eight."""
 
 from __future__ import annotations
 
