@@ -19,7 +19,7 @@ def mask_24(weight: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
 def best_two(score: torch.Tensor) -> torch.Tensor:
     """(out, in) bool: True for the two largest of every four along the inputs; of equals the earlier."""
     a, b, c, d = score.view(len(score), -1, 4).unbind(-1)
-    # Each of the six comparisons once; a weight stays where it loses at most one of its three. 4x faster than topk and scatter.
+    # Six comparisons; a weight stays where it loses at most one of its three. 4x faster than topk and scatter.
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
     count = torch.int8
     wins = [
