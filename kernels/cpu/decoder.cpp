@@ -7,10 +7,8 @@
 
 #include <omp.h>
 
-#include <algorithm>
-
+#include "attention.h"
 #include "rows.h"
-#include "scalars.h"
 
 namespace {
 
@@ -54,70 +52,11 @@ void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
     }
 }
 
-// Dot products of a query with four keys.
-template <typename T>
-void four_scores(const float* query, const T* keys, int64_t width, float* scores) {
-    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t i = 0; i < width; ++i) {
-        a += query[i] * wide(keys[i]);
-        b += query[i] * wide(keys[i + width]);
-        c += query[i] * wide(keys[i + 2 * width]);
-        d += query[i] * wide(keys[i + 3 * width]);
-    }
-    scores[0] = a, scores[1] = b, scores[2] = c, scores[3] = d;
-}
-
-template <typename T>
-float one_score(const float* query, const T* key, int64_t width) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += query[i] * wide(key[i]);
-    return sum;
-}
-
-// Softmax in place, without the division; returns the sum.
-inline float exponentials(float* scores, int64_t count, float scaling) {
-    float most = scores[0];
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) {
-        scores[i] = exponential((scores[i] - most) * scaling);
-        sum += scores[i];
-    }
-    return sum;
-}
-
-// One query head: softmax(scaling * q K^T) V over `count` positions. `room`: count + 2 * width floats.
-template <typename T>
-void attend(const T* query, const T* keys, const T* values, int64_t count, int64_t width, float scaling, float* room,
-            T* out) {
-    float *scores = room, *wide_query = room + count, *sums = wide_query + width;
-    for (int64_t i = 0; i < width; ++i) wide_query[i] = wide(query[i]), sums[i] = 0.0f;
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) four_scores(wide_query, keys + j * width, width, scores + j);
-    for (; j < count; ++j) scores[j] = one_score(wide_query, keys + j * width, width);
-    const float total = exponentials(scores, count, scaling);
-    for (j = 0; j + 4 <= count; j += 4) {
-        const T* value = values + j * width;
-        const float a = scores[j], b = scores[j + 1], c = scores[j + 2], d = scores[j + 3];
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i)
-            sums[i] += (a * wide(value[i]) + b * wide(value[i + width])) +
-                       (c * wide(value[i + 2 * width]) + d * wide(value[i + 3 * width]));
-    }
-    for (; j < count; ++j)
-        for (int64_t i = 0; i < width; ++i) sums[i] += scores[j] * wide(values[j * width + i]);
-    for (int64_t i = 0; i < width; ++i) narrow(sums[i] / total, out[i]);
-}
-
 // Normalises and turns a key head's queries and its key, keeps key and value, and attends. False: no memory.
 template <typename T>
 bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
     const int64_t shared = a.heads / a.key_heads, kept = t.position + 1;
-    float* room = reinterpret_cast<float*>(scores_buffer.of((kept + 2 * a.width) * sizeof(float)));
+    float* room = reinterpret_cast<float*>(scores_buffer.of(attention_room(kept, a.width) * sizeof(float)));
     if (!room) return false;
     T* row = static_cast<T*>(a.projected) + token * a.qkv.outputs;
     T *queries = row + head * shared * a.width, *key = row + (a.heads + head) * a.width;
@@ -134,9 +73,9 @@ bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
         T* query = queries + i * a.width;
         if (a.q_norm) rms_norm(query, static_cast<const T*>(a.q_norm), query, a.width, a.q_eps);
         rotate(query, cosines, sines, t.rotary);
-        T* out = static_cast<T*>(a.attended) + (token * a.heads + head * shared + i) * a.width;
-        attend(query, keys, values, kept, a.width, a.scaling, room, out);
     }
+    T* out = static_cast<T*>(a.attended) + (token * a.heads + head * shared) * a.width;
+    attend(queries, shared, keys, values, kept, a.width, a.scaling, room, out);
     return true;
 }
 

@@ -87,7 +87,9 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
 template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
 void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
-    constexpr int64_t ahead = blocks == 1 ? 4096 : Format::kBytes;  // of bytes: the CPU's own prefetching does the rest
+    // Several streams are fetched to the second cache, far ahead: the first cache waits for too few lines at once.
+    constexpr int64_t ahead = blocks == 1 ? 4096 : 3072;
+    constexpr int level = blocks == 1 ? 3 : 2;
     constexpr int scales_ahead = 8 * kLanes;
     const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes, stream_bytes = apart * block_bytes;
     const uint8_t* w = a.weights + block * block_bytes;
@@ -107,7 +109,7 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
         for (int s = 0; s < a.steps_per_group; s++) {
 #pragma GCC unroll 4
             for (int b = 0; b < blocks; b++) {
-                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * stream_bytes + ahead + i);
+                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
                 Format::template step<rows>(w + b * stream_bytes, codes, sums[b]);
             }
             w += Format::kBytes;
