@@ -11,6 +11,7 @@ from autotune.compress.calibrate import InputStatistics
 from autotune.compress.curvature import damped, sweep_factor
 from autotune.compress.methods import Method
 from autotune.compress.sweep import Start, sweep
+from autotune.kernels.patterns import best_two
 from autotune.kernels.spec import GroupWeight
 from autotune.search_space.schemes import Scheme
 
@@ -31,7 +32,7 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
         for here in range(first, last):
             if here % 4 == 0:
                 scores = (rest[here : here + 4] / upper.diagonal()[here : here + 4].unsqueeze(1)).square()
-                kept[here : here + 4] = wanda.best_two(scores.t().contiguous()).t()
+                kept[here : here + 4] = best_two(scores.t().contiguous()).t()
             result[here] = rest[here] * kept[here]
             errors[here - first] = (rest[here] - result[here]) / upper[here, here]
             rest[here + 1 : last].addr_(upper[here, here + 1 : last], errors[here - first], alpha=-1)
@@ -63,9 +64,9 @@ def gptq_then_prune(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequ
 def _gptq(item: Scheme, weight: torch.Tensor, kept: torch.Tensor | None, inputs: InputStatistics) -> GroupWeight:
     if item.weight.bits >= 16:
         return GroupWeight(item.name, dense=weight.to(torch.bfloat16))
-    _, scales = rounding.quantize(weight, inputs.moment, item.weight, kept)
-    codes = sweep([Start(item.weight, weight, scales, kept)], sweep_factor(inputs.hessian))[0]
-    return GroupWeight(item.name, codes=codes.to(torch.int8), scales=scales)
+    grid = rounding.find_grid(weight, inputs.moment, item.weight, kept)
+    codes = sweep([Start(item.weight, weight, grid, kept)], sweep_factor(inputs.hessian))[0]
+    return GroupWeight(item.name, codes=codes.to(torch.int8), scales=grid.scales)
 
 
 def valued(weight: GroupWeight, item: Scheme) -> torch.Tensor:
