@@ -64,7 +64,8 @@ def tune(
         ),
     ] = None,
     compression: Annotated[
-        str | None, typer.Option(help="auto (by layer error), joint, wanda, hwpq or magnitude; with --fast wanda.")
+        str | None,
+        typer.Option(help="auto (by layer error), joint, signround, wanda, hwpq, magnitude; with --fast wanda."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the checkpoint's.")] = None,
     set_: Annotated[

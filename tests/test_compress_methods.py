@@ -64,6 +64,9 @@ def test_methods_in_order_of_what_they_lose():
     for item in COMPRESSED:
         loss = {name: errors[item.name] for name, errors in by_method.items()}
         assert loss["joint"] < loss["wanda"]
+        assert loss["signround"] <= loss["wanda"]
+        if item.weight.kind == "int" and item.sparsity == "dense":
+            assert loss["joint"] < loss["signround"] < 0.8 * loss["wanda"]
         if item.sparsity != "dense":
             assert loss["joint"] < 0.6 * loss["wanda"]
             assert loss["wanda"] < min(loss["hwpq"], loss["magnitude"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autotune.compress import hwpq, rounding, sparse, wanda
+from autotune.compress import hwpq, rounding, signround, sparse, wanda
 from autotune.compress.calibrate import InputStatistics
 from autotune.compress.curvature import sweep_factor
 from autotune.compress.rounding import Grid
@@ -64,7 +64,7 @@ def check(name: str) -> None:
 
 
 def takes_hessian(name: str) -> bool:
-    return name in (AUTO, "joint")
+    return name in (AUTO, "joint", "signround")
 
 
 def joint(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
@@ -153,8 +153,31 @@ def rounded(score: Score) -> Method:
     return method
 
 
+def signed(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
+    """Masks and weights as `joint` has them, then integers by sign-gradient rounding; other formats to nearest."""
+    patterns = {item.sparsity: item for item in schemes if item.sparsity != "dense"}
+    spectrum = sparse.spectrum(inputs.hessian) if patterns else None
+    fits: dict[Sparsity, _Fit] = {"dense": _Fit(weight)}
+    for name, item in patterns.items():
+        assert spectrum is not None
+        keep = sparse.admm_mask(weight, spectrum, item)
+        fits[name] = _Fit(sparse.least_squares(weight, inputs.hessian, keep), keep)
+    return [_signed(item, fits[item.sparsity], inputs) for item in schemes]
+
+
+def _signed(item: Scheme, fit: _Fit, inputs: InputStatistics) -> GroupWeight:
+    if item.weight.bits >= 16:
+        return GroupWeight(item.name, dense=fit.weight.to(torch.bfloat16))
+    if item.weight.kind != "int":
+        found = rounding.quantize(fit.weight, inputs.moment, item.weight, fit.keep)
+        return GroupWeight(item.name, codes=found.codes, scales=found.scales, zeros=found.zeros)
+    grid = rounding.find_grid(fit.weight, inputs.moment, item.weight, fit.keep)
+    return _coded(item, *signround.tune(fit.weight, inputs.hessian, item.weight, grid, fit.keep))
+
+
 METHODS: dict[str, Method] = {
     "joint": joint,
+    "signround": signed,
     "wanda": rounded(wanda.score),
     "hwpq": rounded(hwpq.score),
     "magnitude": rounded(lambda weight, _: wanda.score(weight, None)),
