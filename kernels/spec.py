@@ -180,10 +180,11 @@ def kernel(name: str) -> KernelSpec:
 
 
 def kernel_hash(spec: KernelSpec) -> str:
-    """sha256 of what a measurement depends on: the kernel's source, the reference's, and torch's version."""
+    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version."""
     module = _source(spec.module)
     native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
-    files = [module, _source("autotune.kernels.reference"), *(path for path in native if path.is_file())]
+    reference = [_source(f"autotune.kernels.{name}") for name in ("reference", "formats")]
+    files = [module, *reference, *(path for path in native if path.is_file())]
     return digest([spec.name, *map(file_digest, files), version("torch")])
 
 

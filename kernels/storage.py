@@ -53,8 +53,7 @@ def unpack(
     number = item.weight
     values = tensors["values"]
     if values.dtype == torch.uint8:
-        kept = in_features if item.sparsity == "dense" else survivors(item.sparsity, in_features)
-        values = unpack_codes(values, number.bits, kept)
+        values = unpack_codes(values, number.bits, survivors(item.sparsity, in_features))
     if item.sparsity == "2:4":
         values = expand_24(values, tensors["positions"])
     elif item.sparsity != "dense":

@@ -30,7 +30,8 @@ def packed_weight_bytes(name: str, shape: Shape, dtype: str, copies: float = 1.0
     item, (members, in_features, has_bias) = scheme(name), shape
     out_features = sum(members)
     bias = out_features * _WIDTH[dtype] if has_bias else 0
-    return math.ceil(item.stored_bytes(out_features, in_features) * copies) + bias
+    more = math.ceil(in_features * out_features * item.bits_per_weight / 8 * (copies - 1))
+    return item.stored_bytes(out_features, in_features) + more + bias
 
 
 def uniform_bytes(spec: ModelSpec, item: Scheme) -> int:

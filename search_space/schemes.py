@@ -19,6 +19,7 @@ from autotune.errors import InputError, did_you_mean
 # N:M keeps N of every M weights along the inputs; "50%" keeps that share of every row, wherever (unstructured).
 Sparsity = Literal["dense", "2:4", "4:8", "50%"]
 _BLOCKS: dict[Sparsity, int | None] = {"dense": 1, "2:4": 4, "4:8": 8, "50%": None}
+_KEPT: dict[Sparsity, float] = {"dense": 1.0, "2:4": 0.5, "4:8": 0.5, "50%": 0.5}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Scheme:
         sparse scheme are (2:4: 2 bits a survivor, else 1 bit a weight)."""
         bits = float(self.weight.bits)
         if self.sparsity != "dense":
-            bits = bits / 2 + 1.0
+            bits = bits * _KEPT[self.sparsity] + 1.0
         if self.weight.group_size and self.weight.rows:
             bits += self.weight.scale_bits / (self.weight.group_size * self.weight.rows)
         return bits
@@ -82,7 +83,7 @@ class Scheme:
     def stored_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a weight of this shape as it is stored, every row whole bytes."""
         number = self.weight
-        kept = in_features if self.sparsity == "dense" else survivors(self.sparsity, in_features)
+        kept = survivors(self.sparsity, in_features)
         row = math.ceil(kept * number.bits / 8)
         if self.sparsity != "dense":
             row += math.ceil(kept / 4) if self.sparsity == "2:4" else math.ceil(in_features / 8)
@@ -95,8 +96,8 @@ class Scheme:
 
 
 def survivors(sparsity: Sparsity, in_features: int) -> int:
-    """Weights of a row that a sparse pattern keeps."""
-    return in_features - in_features // 2
+    """Weights that a pattern keeps of so many along the inputs: whole blocks, or a row."""
+    return math.ceil(in_features * _KEPT[sparsity])
 
 
 def _int(bits: int, group_size: int | None = None) -> NumberFormat:

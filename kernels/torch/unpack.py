@@ -90,8 +90,7 @@ def _grid(packed: Packed) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 def _write_levels(rows: torch.Tensor, held: _Stored, part: slice) -> None:
     """What the codes of some rows stand for, in the dtype of `rows` (rows, in)."""
     inputs = rows.shape[1]
-    kept = inputs if held.mask is None else survivors(held.item.sparsity, inputs)
-    values = _unpack_values(held.values[part], held.item, kept, rows.dtype)
+    values = _unpack_values(held.values[part], held.item, survivors(held.item.sparsity, inputs), rows.dtype)
     if held.mask is None:
         rows.copy_(values)
         return
