@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from autotune.attention import pack_query_heads
+from autotune.decoder import fuse_decoder_layers
 from autotune.errors import DeviceError, InputError
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
@@ -102,6 +103,7 @@ def quicken(model: nn.Module) -> None:
     order of sums."""
     fuse_norms(model)
     pack_query_heads(model)
+    fuse_decoder_layers(model)
 
 
 def save(

@@ -18,7 +18,7 @@ from autotune.switchable import SwitchableModel
 
 DECODE_STEPS = 16  # timed steps a round; a workload's generated tokens are this step's time multiplied
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
-FORMAT = "rounds by phase, quickened"  # of what `to_json` writes; stages that store it depend on it
+FORMAT = "rounds by phase, native layers"  # of what `to_json` writes; stages that store it depend on it
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ Written by `--json` (one object):
     run, model, target, workload    what was measured
     load_before, load_after         load average over a minute
     noisy                           why the numbers should not be trusted, or ""
+    verdict, drift                  what a report of this run would say of its predictions, and by what the machine
+                                    changed since the run's calibration (see docs/report.md)
     dense_ms                        measured, the whole workload
     median_error, spearman          median over rows of |predicted / measured - 1| of the saving; rank correlation
     refit_median_error, refit_spearman    the same for `refit`
@@ -46,6 +48,7 @@ from autotune.config import RunConfig
 from autotune.decide import configuration
 from autotune.latency_model import fit, uniform_configurations
 from autotune.models import Models
+from autotune.report.numbers_prediction import drift, judge
 from autotune.result import Result
 from autotune.search.problem import Genotype, Problem
 from autotune.switchable import SwitchableModel
@@ -149,6 +152,10 @@ def summary(rows: list[dict[str, Any]], prefix: str = "") -> dict[str, float | N
     }
 
 
+def _plain(found: dict[str, float | None], prefix: str) -> dict[str, float | None]:
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
 def phase_errors(rows: list[dict[str, Any]], dense: verify.Run) -> dict[str, float]:
     """Relative to dense's time, not to the saving: a phase that saves nothing would have no error otherwise."""
     errors = {}
@@ -179,6 +186,7 @@ def table(value: dict[str, Any]) -> str:
     text.append(
         f"dense {value['dense_ms']:.2f} ms; load {value['load_before']:.1f} before, {value['load_after']:.1f} after"
     )
+    text.append(value["verdict"])
     return "\n".join([*text, value["noisy"]] if value["noisy"] else text)
 
 
@@ -195,6 +203,9 @@ def main() -> None:
     chosen = choose(result, arguments.count)
     measured = measure(result, chosen, arguments.seconds)
     rows = compare(result, chosen, measured)
+    search, fitted = summary(rows), summary(rows, "refit_")
+    assert result.calibration is not None
+    moved = drift(result.calibration.end_to_end, measured)
     value = {
         "run": str(arguments.run),
         "model": result.session.spec.name,
@@ -204,8 +215,10 @@ def main() -> None:
         "load_after": os.getloadavg()[0],
         "noisy": measured.noisy,
         "dense_ms": measured.of(DENSE).latency_ms.median,
-        **summary(rows),
-        **summary(rows, "refit_"),
+        **search,
+        **fitted,
+        "verdict": judge(_plain(fitted, "refit_"), search, moved, measured.noisy)["verdict"],
+        "drift": moved,
         "phase_errors": phase_errors(rows, measured.of(DENSE)),
         "rows": rows,
     }

@@ -37,7 +37,7 @@ def code_type(number: NumberFormat) -> torch.dtype:
 def round_to(values: torch.Tensor, number: NumberFormat, zeros: torch.Tensor | None = None) -> torch.Tensor:
     """Weights over scales to the nearest levels, in place; `zeros` fits the shape of `values` by broadcasting."""
     if has_table(number):
-        levels, between, _ = _sorted(number)
+        levels, between, _ = _sorted(number, values.device)
         return values.copy_(levels[torch.bucketize(values, between)])
     if number.kind == "float":
         clamped = values.clamp_(-number.qmax, number.qmax)
@@ -53,7 +53,7 @@ def round_to(values: torch.Tensor, number: NumberFormat, zeros: torch.Tensor | N
 def encode(levels: torch.Tensor, number: NumberFormat, zeros: torch.Tensor | None = None) -> torch.Tensor:
     """The codes, int8 or float8_e4m3fn, of levels that the format holds."""
     if has_table(number):
-        _, between, places = _sorted(number)
+        _, between, places = _sorted(number, levels.device)
         return places[torch.bucketize(levels, between)]
     if number.kind == "float":
         return levels.to(torch.float8_e4m3fn)
@@ -86,13 +86,14 @@ def pairs(number: NumberFormat, dtype: torch.dtype, device: torch.device) -> tor
 
 
 @cache
-def _sorted(number: NumberFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sorted(number: NumberFormat, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(levels rising, the middles between them, the signed code of each)."""
     with torch.inference_mode(False):
         levels, first = table(number).unique(return_inverse=True)
         places = torch.empty(len(levels), dtype=torch.int8)
         places[first.flip(0)] = torch.arange(16, dtype=torch.int8).flip(0)  # of two zeros the positive one
-        return levels, (levels[1:] + levels[:-1]) / 2, torch.where(places > 7, places - 16, places)
+        signed = torch.where(places > 7, places - 16, places)
+        return levels.to(device), ((levels[1:] + levels[:-1]) / 2).to(device), signed.to(device)
 
 
 def round_scale(scales: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,20 @@ ZEROS = "zeros"
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to compute a group: a kernel's `run` on its packed weights."""
+    """One way to compute a group: a kernel's `run` on its packed weights.
+
+    `native`: addresses of its C function (packed, x, rows, y, threads) and of its `packed`; None where it has none.
+    """
 
     run: Callable[[Packed, torch.Tensor], torch.Tensor]
     packed: Packed
+    native: tuple[int, int] | None = None
 
 
 def alternative(spec: KernelSpec, packed: Packed) -> Alternative:
-    return Alternative(load(spec).run, packed)
+    module = load(spec)
+    native = getattr(module, "native", None)
+    return Alternative(module.run, packed, native(packed) if native else None)
 
 
 class FusedGroup(nn.Module):
@@ -86,6 +92,11 @@ class FusedGroup(nn.Module):
         if name == self.active:
             raise InputError("kernel.alternative", f"{name!r} is active.", "Select another one first.")
         self._alternatives.pop(name, None)
+
+    @property
+    def choice(self) -> Alternative | None:
+        """What is active; None: `zeros`."""
+        return self._alternatives.get(self.active)
 
     @property
     def packed_bytes(self) -> int:

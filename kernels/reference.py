@@ -103,11 +103,14 @@ def random_weight(
     bias: bool,
     generator: torch.Generator,
 ) -> GroupWeight:
-    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one."""
-    item = scheme(name)
-    made_bias = torch.randn(out_features, generator=generator).to(dtype) if bias else None
+    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one.
+
+    It is made on the generator's device.
+    """
+    item, device = scheme(name), generator.device
+    made_bias = torch.randn(out_features, generator=generator, device=device).to(dtype) if bias else None
     if item.weight.bits >= 16:
-        dense = torch.empty(out_features, in_features, dtype=dtype if item.is_dense else torch.bfloat16)
+        dense = torch.empty(out_features, in_features, dtype=dtype if item.is_dense else torch.bfloat16, device=device)
         dense.normal_(0.0, in_features**-0.5, generator=generator)
         _prune(dense, item, generator)
         return GroupWeight(name, dense=dense, bias=made_bias)
@@ -123,27 +126,28 @@ def _random_scales(
     """Scales that differ by up to a factor of 5, and zero points off the middle where the format has them."""
     groups, share = in_features // (number.group_size or in_features), number.rows or out_features
     typical = 1.0 / (number.qmax * math.sqrt(in_features))
-    drawn = (0.5 + 2.0 * torch.rand(-(-out_features // share), groups, generator=generator)) * typical
+    uniform = torch.rand(-(-out_features // share), groups, generator=generator, device=generator.device)
+    drawn = (0.5 + 2.0 * uniform) * typical
     unit = formats.scale_unit(float(drawn.max())) if number.scale == "e4m3" else 1.0
     scales = formats.round_scales(drawn, number, unit).repeat_interleave(share, 0)[:out_features]
     if number.symmetric:
         return scales, None
     quarter = 2 ** (number.bits - 2)
-    drawn_zeros = torch.randint(-quarter, quarter + 1, scales.shape, generator=generator, dtype=torch.int8)
-    return scales, drawn_zeros.clamp_(max=int(number.qmax))
+    zeros = torch.randint(-quarter, quarter + 1, scales.shape, generator=generator, device=generator.device)
+    return scales, zeros.clamp_(max=int(number.qmax)).to(torch.int8)
 
 
 def _random_codes(item: Scheme, out_features: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
     """int8 codes uniform over what the format has; e4m3 codes of a normal distribution that reaches its largest."""
-    if item.weight.kind == "int" or formats.has_table(item.weight):
+    shape, device = (out_features, in_features), generator.device
+    table = formats.has_table(item.weight)
+    if item.weight.kind == "int" or table:
         bound = 2 ** (item.weight.bits - 1) - 1
-        if not item.weight.symmetric or formats.has_table(item.weight):
-            shape = (out_features, in_features)
-            return torch.randint(-bound - 1, bound + 1, shape, dtype=torch.int8, generator=generator)
-        return torch.randint(-bound, bound + 1, (out_features, in_features), dtype=torch.int8, generator=generator)
-    codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        least = -bound - 1 if table or not item.weight.symmetric else -bound
+        return torch.randint(least, bound + 1, shape, dtype=torch.int8, generator=generator, device=device)
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     for rows in codes.split(_rows_of_chunk(in_features)):
-        values = torch.randn(rows.shape, generator=generator).mul_(item.weight.qmax / 4.0)
+        values = torch.randn(rows.shape, generator=generator, device=device).mul_(item.weight.qmax / 4.0)
         rows.copy_(values.clamp_(-item.weight.qmax, item.weight.qmax))
     return codes
 
@@ -154,12 +158,12 @@ def _prune(values: torch.Tensor, item: Scheme, generator: torch.Generator) -> No
         return
     if item.sparsity != "2:4":
         for rows in movable(values).split(_rows_of_chunk(values.shape[1])):
-            rows.mul_(patterns.choose(torch.rand(rows.shape, generator=generator), item))
+            rows.mul_(patterns.choose(torch.rand(rows.shape, generator=generator, device=generator.device), item))
         return
-    kept = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    quads = movable(values)
+    pairs = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+    kept, quads = torch.tensor(pairs, device=values.device), movable(values)
     for rows in quads.split(_rows_of_chunk(values.shape[1])):
-        chosen = torch.randint(0, 6, (rows.shape[0], rows.shape[1] // 4), generator=generator)
+        chosen = torch.randint(0, 6, (rows.shape[0], rows.shape[1] // 4), generator=generator, device=values.device)
         rows.mul_(kept.to(rows.dtype)[chosen].view(rows.shape))
     if values.is_floating_point() and quads is values:
         values.add_(0.0)  # -0.0 + 0.0 is +0.0: compressors may take a negative zero for a survivor

@@ -29,7 +29,7 @@ LAYERS = (
     ("samples",),
     ("session",),
     ("reference_model", "teacher", "score"),
-    ("attention", "runtime", "switchable"),
+    ("attention", "decoder", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
     ("memory_budget",),
     ("tables", "finalists", "decide", "result", "planning"),

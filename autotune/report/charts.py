@@ -219,7 +219,7 @@ def saving_chart(report: Report) -> Chart | None:
     middle = [point["measured_saving_ms"]["median"] for point in points]
     high = [point["measured_saving_ms"]["high"] - y for point, y in zip(points, middle, strict=True)]
     low = [y - point["measured_saving_ms"]["low"] for point, y in zip(points, middle, strict=True)]
-    ends = [*middle, *(point["predicted_saving_ms"] for point in points), 0.0]
+    ends = [*middle, *(point[key] for point in points for key in ("predicted_saving_ms", "search_saving_ms")), 0.0]
     pad = 0.06 * ((max(ends) - min(ends)) or 1.0)
     span = [min(ends) - pad, max(ends) + pad]
     line = {
@@ -253,8 +253,18 @@ def saving_chart(report: Report) -> Chart | None:
         ],
         "hoverinfo": "text",
     }
+    before = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "as the search believed before",
+        "x": [point["search_saving_ms"] for point in points],
+        "y": middle,
+        "marker": {"color": "@muted", "size": 9, "symbol": "circle-open"},
+        "hovertext": [hover(p["name"], f"the search believed {words.ms(p['search_saving_ms'])}") for p in points],
+        "hoverinfo": "text",
+    }
     axes = {"xaxis": axis("predicted saving, ms", range=span), "yaxis": axis("measured saving, ms", range=span)}
-    return {"data": [line | {"line": {"color": "@muted", "dash": "dash"}}, dots], "layout": layout(440, **axes)}
+    return {"data": [line | {"line": {"color": "@muted", "dash": "dash"}}, before, dots], "layout": layout(440, **axes)}
 
 
 def _named_colour(name: str) -> str:

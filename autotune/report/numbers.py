@@ -19,8 +19,9 @@ from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
 from autotune.model import load_tokenizer
 from autotune.planning import PACKAGES, why
-from autotune.report.numbers_front import front_rows, prediction
+from autotune.report.numbers_front import front_rows
 from autotune.report.numbers_groups import group_rows
+from autotune.report.numbers_prediction import prediction
 from autotune.verify import EndToEnd
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
     """The content of report.json for a run that has reached its choice."""
     session = result.session
     assert result.problem and result.front and result.chosen and result.plan
+    predicted = prediction(result)
     return {
         "schema_version": SCHEMA_VERSION,
         "generator": f"autotune {__version__}",
@@ -50,11 +52,11 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
         "kept_dense": _kept_dense(result),
         "groups": group_rows(result),
         "front": front_rows(result),
-        "prediction": prediction(result),
+        "prediction": predicted,
         "calibration": _calibration(result),
         "seconds": session.folder.seconds(),
         "optuna": _optuna(result),
-        "warnings": _warnings(result),
+        "warnings": _warnings(result, predicted),
         "versions": {name: version(name) for name in (*PACKAGES, "safetensors", "tokenizers")},
         "samples": _samples(result, models),
     }
@@ -203,7 +205,7 @@ def _optuna(result: Result) -> dict[str, Any]:
     return {"trials": len(result.front.trials), "seconds": seconds, "share": seconds / total if total else 0.0}
 
 
-def _warnings(result: Result) -> list[str]:
+def _warnings(result: Result, predicted: dict[str, Any] | None) -> list[str]:
     session = result.session
     warnings = []
     if not session.config.latency_only and session.documents.name == BUNDLED:
@@ -223,6 +225,8 @@ def _warnings(result: Result) -> list[str]:
         warnings.append("no weights were given: random ones were timed, there is no compressed model to load")
     if result.end_to_end and result.end_to_end.noisy:
         warnings.append(result.end_to_end.noisy)
+    if predicted and predicted["holds"] is False and predicted["verdict"] not in warnings:
+        warnings.append(predicted["verdict"])
     noisy = sum(row.noisy for row in result.table.rows)
     if noisy:
         warnings.append(f"{noisy} of {len(result.table.rows)} kernel latencies are noisy")

@@ -148,6 +148,8 @@ def _prediction(report: Report) -> str:
         said += f" Median error {prediction['median_error']:.1%}."
     if prediction["spearman"] is not None:
         said += f" Rank correlation {prediction['spearman']:.2f}."
+    if prediction["search"]["median_error"] is not None:
+        said += f" As the search believed before (hollow): median error {prediction['search']['median_error']:.1%}."
     verdict = str(prediction["verdict"])
     return f"{said} {verdict[:1].upper()}{verdict[1:]}"
 

@@ -59,6 +59,13 @@ def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def native(packed: Packed) -> tuple[int, int]:
+    """Addresses of the C function and of the packed weights' description, for native code that calls it."""
+    address = ctypes.cast(_function(), ctypes.c_void_p).value
+    assert address is not None
+    return address, packed.data[0]
+
+
 @cache
 def _function() -> Any:
     call = build.library("bf16").autotune_bf16

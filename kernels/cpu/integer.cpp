@@ -83,12 +83,13 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
     return chains[0];
 }
 
-// `blocks` blocks of 16 outputs for a few rows: the weights pass once, as so many streams.
+// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams.
 template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
-void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, void* y) {
+void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
-    constexpr int64_t ahead = blocks == 1 ? 4096 : 1024;
-    const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes;
+    constexpr int64_t ahead = blocks == 1 ? 4096 : Format::kBytes;  // of bytes: the CPU's own prefetching does the rest
+    constexpr int scales_ahead = 8 * kLanes;
+    const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes, stream_bytes = apart * block_bytes;
     const uint8_t* w = a.weights + block * block_bytes;
     const uint8_t* codes = x.codes + token * planes * a.padded;
     const int64_t groups = a.steps / a.steps_per_group;
@@ -106,8 +107,8 @@ void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, voi
         for (int s = 0; s < a.steps_per_group; s++) {
 #pragma GCC unroll 4
             for (int b = 0; b < blocks; b++) {
-                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * block_bytes + ahead + i);
-                Format::template step<rows>(w + b * block_bytes, codes, sums[b]);
+                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * stream_bytes + ahead + i);
+                Format::template step<rows>(w + b * stream_bytes, codes, sums[b]);
             }
             w += Format::kBytes;
             codes += rows * kStep;
@@ -115,7 +116,9 @@ void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, voi
 #pragma GCC unroll 4
         for (int b = 0; b < blocks; b++) {
             if constexpr (grouped) {
-                Floats scale = load_bf16(a.scales + ((block + b) * groups + g) * kLanes);
+                const uint16_t* scales = a.scales + ((block + b * apart) * groups + g) * kLanes;
+                __builtin_prefetch(scales + scales_ahead);
+                Floats scale = load_bf16(scales);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++)
                     totals[b][r] = fma(to_floats(gathered<rows>(sums[b][r])), scale, totals[b][r]);
@@ -126,7 +129,7 @@ void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, voi
     }
     for (int b = 0; b < blocks; b++)
         for (int t = 0; t < tokens; t++)
-            finish<Type, planes, grouped>(a, block + b, x.scales[token + t], y, token + t, [&](int plane) {
+            finish<Type, planes, grouped>(a, block + b * apart, x.scales[token + t], y, token + t, [&](int plane) {
                 if constexpr (grouped)
                     return totals[b][t * planes + plane];
                 else
@@ -138,7 +141,7 @@ void stream_blocks(const Linear& a, int block, const Rows& x, int64_t token, voi
 template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
 INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t token, int64_t end, void* y) {
     for (; token + tokens <= end; token += tokens)
-        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, x, token, y);
+        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, 1, x, token, y);
     if constexpr (tokens > 1)
         if (token < end) stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, x, token, end, y);
 }
@@ -146,11 +149,12 @@ INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t tok
 template <class Format, class Type, int planes, bool grouped>
 void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
     const int64_t pass = rows_of_pass(a.padded * planes, kStreamRows / planes);
-    if (x.count == 1) {  // one token: several streams a thread keep more loads in flight
-        int block = first;
-        for (; block + kStreamBlocks <= last; block += kStreamBlocks)
-            stream_blocks<Format, Type, planes, grouped, 1, kStreamBlocks>(a, block, x, 0, y);
-        for (; block < last; block++) stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, x, 0, y);
+    if (x.count == 1) {  // one token: several streams a thread keep more loads in flight, each long and without a break
+        const int each = (last - first) / kStreamBlocks;
+        for (int block = first; block < first + each; block++)
+            stream_blocks<Format, Type, planes, grouped, 1, kStreamBlocks>(a, block, each, x, 0, y);
+        for (int block = first + each * kStreamBlocks; block < last; block++)
+            stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, 1, x, 0, y);
         return;
     }
     for (int64_t start = 0; start < x.count; start += pass)

@@ -1,0 +1,212 @@
+// One new token of each sequence through a whole decoder layer in one call: norm, q/k/v, rotary positions, attention over
+// the cached keys and values, output product, residual sum, norm, gated MLP, residual sum.
+//
+// Run as modules, the few microseconds of arithmetic between a layer's four matrix products cost ten times as much in
+// Python, whose code and data the weights push out of the caches meanwhile. The products are those of any kernel: a
+// function pointer each. Numbers are rounded to the activations' type wherever transformers' modules round them.
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "rows.h"
+#include "scalars.h"
+
+namespace {
+
+// y = x W^T + b; 0, or an error code.
+struct Product {
+    int (*run)(const void* packed, const void* x, int64_t rows, void* y, int threads);
+    const void* packed;
+    int64_t outputs;
+};
+
+// Written by decoder.py (`_Layer`), field by field.
+struct Layer {
+    Product qkv, o, gate_up, down;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;  // weights; q_norm and k_norm may be null
+    float input_eps, post_eps, q_eps, k_eps, scaling;
+    int32_t bf16;
+    int64_t hidden, heads, key_heads, width, inner;  // width: of a head; inner: outputs of gate, and of up
+    void *normed, *projected, *attended, *gated;     // room for a row of each: hidden, q/k/v or gate/up, heads, inner
+    int64_t rows;                                    // that the room is for
+};
+
+// The new tokens, and where their keys and values are kept: (sequences, key heads, capacity, width).
+struct Tokens {
+    const void *x, *cosines, *sines;
+    void *keys, *values, *y;
+    int64_t count, capacity, position, rotary, rotary_stride;  // position: tokens already kept; rotary: turned numbers
+};
+
+thread_local Buffer scores_buffer;
+
+// x[j], x[j + half] turned by the position's angles; transformers' rotate_half convention.
+template <typename T>
+void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
+    const int64_t half = rotary / 2;
+    for (int64_t j = 0; j < half; ++j) {
+        const float a = wide(x[j]), b = wide(x[j + half]);
+        const float turned_a = rounded<T>(a * wide(cosines[j])) + rounded<T>(-b * wide(sines[j]));
+        const float turned_b = rounded<T>(b * wide(cosines[j + half])) + rounded<T>(a * wide(sines[j + half]));
+        narrow(turned_a, x[j]);
+        narrow(turned_b, x[j + half]);
+    }
+}
+
+// Dot products of a query with four keys.
+template <typename T>
+void four_scores(const float* query, const T* keys, int64_t width, float* scores) {
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t i = 0; i < width; ++i) {
+        a += query[i] * wide(keys[i]);
+        b += query[i] * wide(keys[i + width]);
+        c += query[i] * wide(keys[i + 2 * width]);
+        d += query[i] * wide(keys[i + 3 * width]);
+    }
+    scores[0] = a, scores[1] = b, scores[2] = c, scores[3] = d;
+}
+
+template <typename T>
+float one_score(const float* query, const T* key, int64_t width) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += query[i] * wide(key[i]);
+    return sum;
+}
+
+// Softmax in place, without the division; returns the sum.
+inline float exponentials(float* scores, int64_t count, float scaling) {
+    float most = scores[0];
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) {
+        scores[i] = exponential((scores[i] - most) * scaling);
+        sum += scores[i];
+    }
+    return sum;
+}
+
+// One query head: softmax(scaling * q K^T) V over `count` positions. `room`: count + 2 * width floats.
+template <typename T>
+void attend(const T* query, const T* keys, const T* values, int64_t count, int64_t width, float scaling, float* room,
+            T* out) {
+    float *scores = room, *wide_query = room + count, *sums = wide_query + width;
+    for (int64_t i = 0; i < width; ++i) wide_query[i] = wide(query[i]), sums[i] = 0.0f;
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) four_scores(wide_query, keys + j * width, width, scores + j);
+    for (; j < count; ++j) scores[j] = one_score(wide_query, keys + j * width, width);
+    const float total = exponentials(scores, count, scaling);
+    for (j = 0; j + 4 <= count; j += 4) {
+        const T* value = values + j * width;
+        const float a = scores[j], b = scores[j + 1], c = scores[j + 2], d = scores[j + 3];
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i)
+            sums[i] += (a * wide(value[i]) + b * wide(value[i + width])) +
+                       (c * wide(value[i + 2 * width]) + d * wide(value[i + 3 * width]));
+    }
+    for (; j < count; ++j)
+        for (int64_t i = 0; i < width; ++i) sums[i] += scores[j] * wide(values[j * width + i]);
+    for (int64_t i = 0; i < width; ++i) narrow(sums[i] / total, out[i]);
+}
+
+// Normalises and turns a key head's queries and its key, keeps key and value, and attends. False: no memory.
+template <typename T>
+bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
+    const int64_t shared = a.heads / a.key_heads, kept = t.position + 1;
+    float* room = reinterpret_cast<float*>(scores_buffer.of((kept + 2 * a.width) * sizeof(float)));
+    if (!room) return false;
+    T* row = static_cast<T*>(a.projected) + token * a.qkv.outputs;
+    T *queries = row + head * shared * a.width, *key = row + (a.heads + head) * a.width;
+    const T* value = row + (a.heads + a.key_heads + head) * a.width;
+    const T* cosines = static_cast<const T*>(t.cosines) + token * t.rotary_stride;
+    const T* sines = static_cast<const T*>(t.sines) + token * t.rotary_stride;
+    const int64_t place = (token * a.key_heads + head) * t.capacity * a.width;
+    T *keys = static_cast<T*>(t.keys) + place, *values = static_cast<T*>(t.values) + place;
+    if (a.k_norm) rms_norm(key, static_cast<const T*>(a.k_norm), key, a.width, a.k_eps);
+    rotate(key, cosines, sines, t.rotary);
+    std::copy_n(key, a.width, keys + t.position * a.width);
+    std::copy_n(value, a.width, values + t.position * a.width);
+    for (int64_t i = 0; i < shared; ++i) {
+        T* query = queries + i * a.width;
+        if (a.q_norm) rms_norm(query, static_cast<const T*>(a.q_norm), query, a.width, a.q_eps);
+        rotate(query, cosines, sines, t.rotary);
+        T* out = static_cast<T*>(a.attended) + (token * a.heads + head * shared + i) * a.width;
+        attend(query, keys, values, kept, a.width, a.scaling, room, out);
+    }
+    return true;
+}
+
+template <typename T>
+bool attention(const Layer& a, const Tokens& t, int threads) {
+    bool enough = true;
+#pragma omp parallel for num_threads(threads) reduction(&& : enough)
+    for (int64_t unit = 0; unit < t.count * a.key_heads; ++unit)
+        enough = key_head<T>(a, t, unit / a.key_heads, unit % a.key_heads) && enough;
+    return enough;
+}
+
+// silu(gate) * up of one row: gate's outputs first, then up's.
+template <typename T>
+void gate(const T* both, T* out, int64_t inner) {
+#pragma omp simd
+    for (int64_t i = 0; i < inner; ++i) {
+        const float x = wide(both[i]);
+        narrow(rounded<T>(x / (1.0f + exponential(-x))) * wide(both[inner + i]), out[i]);
+    }
+}
+
+template <typename T>
+void normalise(const Layer& a, const T* x, const void* weight, float eps, int64_t rows) {
+    T* y = static_cast<T*>(a.normed);
+    for (int64_t r = 0; r < rows; ++r)
+        rms_norm(x + r * a.hidden, static_cast<const T*>(weight), y + r * a.hidden, a.hidden, eps);
+}
+
+int product(const Product& a, const void* x, int64_t rows, void* y, int threads) {
+    return a.run(a.packed, x, rows, y, threads);
+}
+
+// y += x, each sum rounded.
+template <typename T>
+void add(const T* x, T* y, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) narrow(wide(x[i]) + wide(y[i]), y[i]);
+}
+
+template <typename T>
+int layer(const Layer& a, const Tokens& t, int threads) {
+    const T* x = static_cast<const T*>(t.x);
+    T *y = static_cast<T*>(t.y), *normed = static_cast<T*>(a.normed), *both = static_cast<T*>(a.projected);
+    normalise(a, x, a.input_norm, a.input_eps, t.count);
+    if (int error = product(a.qkv, normed, t.count, both, threads)) return error;
+    if (!attention<T>(a, t, threads)) return 1;
+    if (int error = product(a.o, a.attended, t.count, y, threads)) return error;
+    add(x, y, t.count * a.hidden);
+    normalise(a, y, a.post_norm, a.post_eps, t.count);
+    if (int error = product(a.gate_up, normed, t.count, both, threads)) return error;
+    T* gated = static_cast<T*>(a.gated);
+    for (int64_t r = 0; r < t.count; ++r) gate(both + r * 2 * a.inner, gated + r * a.inner, a.inner);
+    if (int error = product(a.down, gated, t.count, normed, threads)) return error;
+    add(normed, y, t.count * a.hidden);
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0; 1: no memory; else what a product returned.
+int autotune_decoder_layer(const Layer* a, const Tokens* t, int threads) {
+    if (t->count > a->rows) return 1;
+    return a->bf16 ? layer<Half>(*a, *t, threads) : layer<float>(*a, *t, threads);
+}
+
+// A product that is left out (`zeros`): `packed` points to its outputs' bytes a row.
+int autotune_zeros(const void* packed, const void*, int64_t rows, void* y, int) {
+    std::memset(y, 0, rows * *static_cast<const int64_t*>(packed));
+    return 0;
+}
+}

@@ -1,0 +1,65 @@
+// Calls the native decoder layer on buffers without slack, for sanitizers. Products are a sum of their inputs.
+#include "decoder.cpp"
+
+#include <cstdio>
+#include <vector>
+
+template <typename T>
+int sums(const void* packed, const void* x, int64_t rows, void* y, int) {
+    const int64_t* sizes = static_cast<const int64_t*>(packed);  // inputs, outputs
+    for (int64_t r = 0; r < rows; ++r) {
+        float sum = 0.0f;
+        for (int64_t i = 0; i < sizes[0]; ++i) sum += wide(static_cast<const T*>(x)[r * sizes[0] + i]);
+        for (int64_t o = 0; o < sizes[1]; ++o) narrow(sum / sizes[0] + 0.01f * o, static_cast<T*>(y)[r * sizes[1] + o]);
+    }
+    return 0;
+}
+
+template <typename T>
+std::vector<T> filled(int64_t count, float value) {
+    std::vector<T> made(count);
+    for (int64_t i = 0; i < count; ++i) narrow(value * (1 + i % 7), made[i]);
+    made.shrink_to_fit();
+    return made;
+}
+
+template <typename T>
+int check(int64_t rows, int64_t hidden, int64_t heads, int64_t key_heads, int64_t width, int64_t inner, int64_t position,
+          bool norms, int threads) {
+    const int64_t qkv = (heads + 2 * key_heads) * width, most = std::max(qkv, 2 * inner);
+    const int64_t sizes[4][2] = {{hidden, qkv}, {heads * width, hidden}, {hidden, 2 * inner}, {inner, hidden}};
+    auto x = filled<T>(rows * hidden, 0.3f), y = filled<T>(rows * hidden, 0), norm = filled<T>(hidden, 0.5f);
+    auto head_norm = filled<T>(width, 0.5f), angles = filled<T>(rows * width, 0.1f);
+    auto keys = filled<T>(rows * key_heads * (position + 1) * width, 0.2f), values = keys;
+    auto normed = filled<T>(rows * hidden, 0), projected = filled<T>(rows * most, 0);
+    auto attended = filled<T>(rows * heads * width, 0), gated = filled<T>(rows * inner, 0);
+    Layer a{{sums<T>, sizes[0], qkv}, {sums<T>, sizes[1], hidden}, {sums<T>, sizes[2], 2 * inner},
+            {sums<T>, sizes[3], hidden}, norm.data(), norm.data(), norms ? head_norm.data() : nullptr,
+            norms ? head_norm.data() : nullptr, 1e-5f, 1e-5f, 1e-5f, 1e-5f, 0.25f, sizeof(T) == 2, hidden, heads,
+            key_heads, width, inner, normed.data(), projected.data(), attended.data(), gated.data(), rows};
+    Tokens t{x.data(), angles.data(), angles.data(), keys.data(), values.data(), y.data(), rows, position + 1, position,
+             width, rows > 1 ? width : 0};
+    if (autotune_decoder_layer(&a, &t, threads)) return 1;
+    for (const T& value : y)
+        if (!std::isfinite(wide(value))) return 2;
+    t.count = rows + 1;
+    return autotune_decoder_layer(&a, &t, threads) == 1 ? 0 : 3;
+}
+
+int main() {
+    int failed = 0;
+    for (int threads : {1, 2})
+        for (int64_t position : {0, 1, 3, 4, 18})
+            for (int64_t rows : {1, 3}) {
+                failed |= check<float>(rows, 37, 6, 2, 10, 21, position, true, threads);
+                failed |= check<Half>(rows, 37, 4, 4, 6, 19, position, false, threads);
+                failed |= check<Half>(rows, 64, 8, 1, 16, 48, position, true, threads);
+            }
+    for (float x = -100.0f; x < 100.0f; x += 0.37f) {
+        const float clamped = std::min(87.0f, std::max(-87.0f, x)), expected = std::exp(clamped);
+        if (std::abs(exponential(x) - expected) > 3e-7f * expected) failed |= 4;
+    }
+    if (!std::isnan(exponential(NAN))) failed |= 8;
+    std::printf("%d\n", failed);
+    return failed;
+}
