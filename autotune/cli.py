@@ -57,9 +57,15 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show groups, schemes and costs; measure nothing.")
     ] = False,
-    schemes: Annotated[str | None, typer.Option(help="Comma-separated schemes to allow.")] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated schemes to allow, also ones not searched by default; `default`: all that are."
+        ),
+    ] = None,
     compression: Annotated[
-        str | None, typer.Option(help="auto (by layer error), joint, wanda, hwpq or magnitude; with --fast wanda.")
+        str | None,
+        typer.Option(help="auto (by layer error), joint, signround, wanda, hwpq, magnitude; with --fast wanda."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the checkpoint's.")] = None,
     set_: Annotated[

@@ -26,7 +26,9 @@ class RunConfig(BaseModel):
     workload: str = "chat"
     data: str | None = None
     dtype: str | None = Field(default=None, pattern="^(bf16|fp32)$")
-    schemes: tuple[str, ...] | None = None  # None: all that are legal
+    schemes: tuple[str, ...] | None = (
+        None  # None: all of `schemes.SCHEMES` that are legal; "default" among names is them
+    )
     seed: int = 0
     trials: int = Field(default=40, ge=0)
     minutes: float | None = Field(default=None, gt=0)

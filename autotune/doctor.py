@@ -37,7 +37,9 @@ def print_doctor(console: Console) -> None:
 def _state(spec: KernelSpec, target: Target) -> str:
     if spec.device != target.device:
         return f"needs a {spec.device} device"
-    answer = legality(scheme(spec.schemes[0]), _PROBE, spec.dtypes[0], target, [spec], local=True)
+    answer = legality(
+        scheme(spec.schemes[0]), _PROBE, spec.dtypes[0], target, [spec], local=True, for_memory=spec.memory_only
+    )
     if not answer.usable:
         return answer.reason
     try:

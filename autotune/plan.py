@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from autotune.errors import InputError, did_you_mean
 from autotune.search_space.schemes import scheme
@@ -33,15 +33,26 @@ class ModelRef(_Strict):
 
 
 class SchemeSpec(_Strict):
-    """One entry of the plan's scheme table, self-contained."""
+    """One entry of the plan's scheme table, self-contained. The last four say what most formats leave at its default;
+    they are written where a scheme does not, so that plans made before they were known keep their digest."""
 
-    sparsity: Literal["dense", "2:4"]
-    weight_kind: Literal["int", "float"]
+    sparsity: Literal["dense", "2:4", "4:8", "50%"]
+    weight_kind: Literal["int", "float", "nf"]
     weight_bits: int
     weight_group_size: int | None
-    activation_kind: Literal["int", "float"] | None
+    activation_kind: Literal["int", "float", "nf"] | None
     activation_bits: int | None
     bits_per_weight: float
+    weight_rows: int | None = Field(default=1, description="output channels that share a scale; None: all")
+    weight_symmetric: bool = True
+    weight_scale: Literal["bf16", "e8m0", "e4m3"] = "bf16"
+    activation_group_size: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        later = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @classmethod
     def of(cls, name: str) -> SchemeSpec:
@@ -54,6 +65,10 @@ class SchemeSpec(_Strict):
             activation_kind=item.activation.kind if item.activation else None,
             activation_bits=item.activation.bits if item.activation else None,
             bits_per_weight=item.bits_per_weight,
+            weight_rows=item.weight.rows,
+            weight_symmetric=item.weight.symmetric,
+            weight_scale=item.weight.scale,
+            activation_group_size=item.activation.group_size if item.activation else None,
         )
 
 

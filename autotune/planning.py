@@ -92,6 +92,9 @@ def why(group: GroupOptions, chosen: Option, space: SearchSpace) -> str:
             return "kept dense: no measured scheme is faster here"
         return "kept dense: the loss others would cost buys more time in other groups"
     saved = dense.latency_us - chosen.latency_us
+    status = next(e.legality.status for e in space.entries if (e.group, e.scheme) == (group.name, chosen.scheme))
+    if saved < 0 or status == "memory_only":
+        return _for_memory(dense, chosen, status == "memory_only")
     text = (
         f"{chosen.scheme} saves {saved / 1e3:.3f} ms of {dense.latency_us / 1e3:.3f} ms for {chosen.loss_nats:.1e} nats"
     )
@@ -103,6 +106,13 @@ def why(group: GroupOptions, chosen: Option, space: SearchSpace) -> str:
     else:
         text += "; nothing measured is faster"
     return text
+
+
+def _for_memory(dense: Option, chosen: Option, unpacked: bool) -> str:
+    less = (dense.weight_bytes - chosen.weight_bytes) / 2**20
+    times = f"{chosen.latency_us / 1e3:.3f} ms against {dense.latency_us / 1e3:.3f}"
+    text = f"{chosen.scheme} is {less:.2f} MiB smaller than dense, {times}, for {chosen.loss_nats:.1e} nats"
+    return f"{text}: for memory only, it is unpacked in every call" if unpacked else f"{text}: for memory"
 
 
 def _group(group: LayerGroup, option: Option, has_loss: bool) -> GroupEntry:

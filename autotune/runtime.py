@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from autotune.attention import pack_query_heads
-from autotune.compress import database
 from autotune.decoder import fuse_decoder_layers
 from autotune.errors import DeviceError, InputError
+from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
 from autotune.kernels.norm import fuse_norms
@@ -126,7 +126,7 @@ def save(
     for name, weight in weights.items():
         if name in dense:
             continue
-        parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else database.pack(weight)
+        parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else storage.pack(weight)
         parts |= {"bias": weight.bias} if weight.bias is not None else {}
         tensors |= {f"{name}::{key}": value.contiguous() for key, value in parts.items() if value is not None}
     with new_folder(folder) as temporary:
@@ -220,7 +220,7 @@ def _group_weight(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], mo
     if item.is_dense:
         return GroupWeight(item.name, dense=parts["dense"], bias=bias)
     in_features = _groups(plan)[name][0].shape[1]
-    return database.unpack(item, in_features, parts, bias)
+    return storage.unpack(item, in_features, parts, bias)
 
 
 def _install(
@@ -254,7 +254,8 @@ def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeigh
         dense = module.weight.detach().float()
         dense = dense if dense.shape == stored.shape and not _transposed(model, entry) else dense.t()
         error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
-        bound = 0.9 if plan.configuration[entry.group].startswith("2:4") else 0.35
+        item = scheme(plan.configuration[entry.group])
+        bound = 0.9 if item.sparsity != "dense" or item.weight.bits < 4 else 0.35
         if not error <= bound:
             what = f"{entry.tensor} differs from the plan's weights by {error:.0%}"
             raise InputError("plan.model_mismatch", f"the plan is for another checkpoint: {what}.", "Search again.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from autotune import memory_budget
 from autotune.compress import database
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.spec import KERNELS, kernel_hash
@@ -25,7 +26,9 @@ from autotune.verify import FORMAT, EndToEnd
 
 
 def build_space(session: Session) -> SearchSpace:
-    return space_module.build(session.spec, session.target, KERNELS, session.local, session.config.schemes)
+    space = space_module.build(session.spec, session.target, KERNELS, session.local, session.config.schemes)
+    memory_budget.check(session, space)
+    return space
 
 
 def profile(session: Session, space: SearchSpace) -> LatencyTable:

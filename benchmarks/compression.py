@@ -3,13 +3,15 @@
     python benchmarks/compression.py [MODEL] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
                                      [--formats int4-g128,2:4,...] [--data FILE] [--json FILE]
 
-MODEL is a folder (default: the demo model). All layer groups are compressed the same way, from the dense model's inputs
-on the calibration documents, three quarters of which weights are fitted to; the rest of the model stays as it is, and
-activations are left alone. Losses are measured in fp32 on certification documents, against the dense model.
+MODEL is a folder (default: the demo model). Formats are six by default; any of the product's schemes can be named. All
+layer groups are compressed the same way, from the dense model's inputs on the calibration documents, three quarters of
+which weights are fitted to; the rest of the model stays as it is, and activations are left alone. Losses are measured
+in fp32 on certification documents, against the dense model.
 
 joint             this project's: 2:4 mask by ADMM, weights by least squares, one sweep that rounds
 prune-then-gptq   SparseGPT's mask and update, then GPTQ on what is left
 gptq-then-prune   GPTQ, then Wanda's mask on its result
+signround         joint's mask and weights, then sign-gradient rounding
 wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
 magnitude         the largest weights, then the same rounding
@@ -51,7 +53,7 @@ from autotune.model import load_model, load_tokenizer, open_model
 from autotune.reference_model import ReferenceModel
 from autotune.search.problem import Evaluation
 from autotune.search_space.groups import LayerGroup, ModelSpec
-from autotune.search_space.schemes import NumberFormat, Scheme
+from autotune.search_space.schemes import MORE, SCHEMES, NumberFormat, Scheme
 from autotune.teacher import Teacher
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
@@ -63,7 +65,9 @@ FORMATS = {
     "2:4+int8": Scheme("2:4+int8", NumberFormat("int", 8), None, "2:4"),
     "2:4+int4-g128": Scheme("2:4+int4-g128", NumberFormat("int", 4, 128), None, "2:4"),
 }
-ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in ("wanda", "hwpq", "magnitude")}}
+EVERY = FORMATS | {item.name: item for item in (*SCHEMES, *MORE) if not item.is_dense}
+_OWN = ("signround", "wanda", "hwpq", "magnitude")
+ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in _OWN}}
 
 
 class Stitched:
@@ -147,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in arguments.formats:
         joint: Evaluation | None = None
         for method in arguments.methods:
-            made = compressed(stitched, method, FORMATS[name], statistics)
+            made = compressed(stitched, method, EVERY[name], statistics)
             found = teacher.measure({"all": name})
             stitched.select({})
             joint = found if method == "joint" else joint
@@ -182,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="text or JSONL; default: the bundled text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    for given, known in ((arguments.methods, ALL), (arguments.formats, FORMATS)):
+    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     keep_large_blocks()

@@ -11,6 +11,8 @@ from autotune.compress.calibrate import InputStatistics
 from autotune.compress.curvature import damped, sweep_factor
 from autotune.compress.methods import Method
 from autotune.compress.sweep import Start, sweep
+from autotune.kernels.formats import decode, encode
+from autotune.kernels.patterns import best_two, choose
 from autotune.kernels.spec import GroupWeight
 from autotune.search_space.schemes import Scheme
 
@@ -31,7 +33,7 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
         for here in range(first, last):
             if here % 4 == 0:
                 scores = (rest[here : here + 4] / upper.diagonal()[here : here + 4].unsqueeze(1)).square()
-                kept[here : here + 4] = wanda.best_two(scores.t().contiguous()).t()
+                kept[here : here + 4] = best_two(scores.t().contiguous()).t()
             result[here] = rest[here] * kept[here]
             errors[here - first] = (rest[here] - result[here]) / upper[here, here]
             rest[here + 1 : last].addr_(upper[here, here + 1 : last], errors[here - first], alpha=-1)
@@ -42,6 +44,7 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
 def prune_then_gptq(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
     made = []
     for item in schemes:
+        assert item.sparsity in ("dense", "2:4"), "as written here it prunes 2:4 only"
         pruned, kept = sparsegpt(weight, inputs.hessian) if item.sparsity == "2:4" else (weight, None)
         made.append(_gptq(item, pruned, kept, inputs))
     return made
@@ -51,8 +54,8 @@ def gptq_then_prune(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequ
     made = []
     for item in schemes:
         found = _gptq(item, weight, None, inputs)
-        if item.sparsity == "2:4":
-            kept = wanda.mask_24(valued(found, item), inputs.moment)
+        if item.sparsity != "dense":
+            kept = choose(wanda.score(valued(found, item), inputs.moment), item)
             dense = None if found.dense is None else found.dense * kept
             codes = None if found.codes is None else found.codes * kept
             found = GroupWeight(item.name, dense, codes, found.scales)
@@ -63,9 +66,12 @@ def gptq_then_prune(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequ
 def _gptq(item: Scheme, weight: torch.Tensor, kept: torch.Tensor | None, inputs: InputStatistics) -> GroupWeight:
     if item.weight.bits >= 16:
         return GroupWeight(item.name, dense=weight.to(torch.bfloat16))
-    _, scales = rounding.quantize(weight, inputs.moment, item.weight, kept)
-    codes = sweep([Start(item.weight, weight, scales, kept)], sweep_factor(inputs.hessian))[0]
-    return GroupWeight(item.name, codes=codes.to(torch.int8), scales=scales)
+    grid = rounding.find_grid(weight, inputs.moment, item.weight, kept)
+    codes = sweep([Start(item.weight, weight, grid, kept)], sweep_factor(inputs.hessian))[0]
+    if grid.zeros is None:
+        return GroupWeight(item.name, codes=encode(codes, item.weight), scales=grid.scales)
+    zeros = grid.zeros.repeat_interleave(item.weight.group_size or weight.shape[1], 1)
+    return GroupWeight(item.name, codes=encode(codes, item.weight, zeros), scales=grid.scales, zeros=grid.zeros)
 
 
 def valued(weight: GroupWeight, item: Scheme) -> torch.Tensor:
@@ -74,7 +80,8 @@ def valued(weight: GroupWeight, item: Scheme) -> torch.Tensor:
         return weight.dense.float()
     assert weight.codes is not None and weight.scales is not None
     size = item.weight.group_size or weight.codes.shape[1]
-    return weight.codes.float() * weight.scales.repeat_interleave(size, 1)
+    zeros = None if weight.zeros is None else weight.zeros.repeat_interleave(size, 1)
+    return decode(weight.codes, item.weight, zeros) * weight.scales.repeat_interleave(size, 1)
 
 
 RIVALS: dict[str, Method] = {"prune-then-gptq": prune_then_gptq, "gptq-then-prune": gptq_then_prune}

@@ -141,16 +141,16 @@ def _split(weight: GroupWeight, outputs: int) -> list[GroupWeight]:
     """The same weight in pieces of at most so many outputs."""
     if weight.dense is not None:
         denses = weight.dense.cpu().split(outputs)
-        biases = _bias_split(weight, outputs, len(denses))
+        biases = _optional_split(weight.bias, outputs, len(denses))
         return [GroupWeight(weight.scheme, dense=d, bias=b) for d, b in zip(denses, biases, strict=True)]
     codes, scales = (part.cpu().split(outputs) for part in canonical(weight))
-    biases = _bias_split(weight, outputs, len(codes))
-    parts = zip(codes, scales, biases, strict=True)
-    return [GroupWeight(weight.scheme, codes=c, scales=s, bias=b) for c, s, b in parts]
+    biases, zeros = (_optional_split(part, outputs, len(codes)) for part in (weight.bias, weight.zeros))
+    parts = zip(codes, scales, biases, zeros, strict=True)
+    return [GroupWeight(weight.scheme, codes=c, scales=s, bias=b, zeros=z) for c, s, b, z in parts]
 
 
-def _bias_split(weight: GroupWeight, outputs: int, pieces: int) -> list[torch.Tensor | None]:
-    return [None] * pieces if weight.bias is None else list(weight.bias.cpu().split(outputs))
+def _optional_split(part: torch.Tensor | None, outputs: int, pieces: int) -> list[torch.Tensor | None]:
+    return [None] * pieces if part is None else list(part.cpu().split(outputs))
 
 
 def _wrong(where: str, what: str) -> DeviceError:

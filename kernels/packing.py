@@ -70,7 +70,7 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "packing.pattern", f"{bad} groups of four inputs have more than two non-zeros.", "Prune first."
         )
     positions = torch.stack([first, second], -1)  # (out, in/4, 2)
-    values = _movable(quads).gather(-1, positions.long()).view(rows, inputs // 2).view(codes.dtype)
+    values = movable(quads).gather(-1, positions.long()).view(rows, inputs // 2).view(codes.dtype)
     return values, _pack_unsigned(positions.view(rows, inputs // 2), 2)
 
 
@@ -85,13 +85,29 @@ def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if survivors % 2 or positions.shape[1] != -(-survivors // 4):
         raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
     index = positions_24(positions, survivors).view(rows, survivors // 2, 2).long()
-    movable = _movable(values)
-    quads = torch.zeros(rows, survivors // 2, 4, dtype=movable.dtype)
-    quads.scatter_(-1, index, movable.view(rows, survivors // 2, 2))
+    source = movable(values)
+    quads = torch.zeros(rows, survivors // 2, 4, dtype=source.dtype)
+    quads.scatter_(-1, index, source.view(rows, survivors // 2, 2))
     return quads.view(rows, survivors * 2).view(values.dtype)
 
 
-def _movable(values: torch.Tensor) -> torch.Tensor:
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool (out, in) to uint8 (out, ceil(in / 8)), the earliest input in the lowest bit."""
+    return _pack_unsigned(mask, 1)
+
+
+def unpack_bits(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The bools (out, in_features) that `pack_bits` was given.
+
+    Raises:
+        InputError: `packing.shape`.
+    """
+    if packed.shape[1] != -(-in_features // 8):
+        raise InputError("packing.shape", f"{packed.shape[1]} bytes a row are not {in_features} bits.")
+    return _unpack_unsigned(packed, 1, in_features).view(torch.bool)
+
+
+def movable(values: torch.Tensor) -> torch.Tensor:
     """The same bytes in a type that torch can gather and scatter: it does neither for fp8."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 

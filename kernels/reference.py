@@ -1,7 +1,8 @@
 """The torch twin of every scheme: what a kernel must compute, from canonical codes and scales.
 
-Weights: W = codes * scales, one scale per output channel or per group of inputs; exact in fp32, because a code has at
-most 8 significant bits and a scale (see `round_scale`) has at most 8. Activations are quantized symmetrically per token
+Weights: W = levels * scales, the levels being what codes stand for (see `formats`), one scale per output channel or per
+group of inputs; exact in fp32, because a level has at most 9 significant bits and a scale at most 8 (but for NF4, whose
+levels are fp32 numbers: rounded once). Activations are quantized symmetrically per token
 from their fp32 values, as compressed-tensors does it when its checkpoints run: int8 with scale amax / 127.5 and codes
 clamp(round(x / scale), -128, 127), fp8 e4m3 with scale amax / 448. Ties go to even. Slow and plain on purpose: kernels
 are compared with it, nothing is timed with it.
@@ -10,25 +11,18 @@ are compared with it, nothing is timed with it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from autotune.errors import InputError
+from autotune.kernels import formats, patterns
+from autotune.kernels.packing import movable
 from autotune.kernels.spec import GroupWeight
 from autotune.search_space.schemes import NumberFormat, Scheme, scheme
 
-FP16_SMALLEST_NORMAL = 2.0**-14
-LARGEST_SCALE = 255.0 * 2**8  # 8 significant bits, just under fp16's largest number
 SMALLEST_AMAX = 1e-30  # a token of zeros gets this scale, and codes of exactly zero
 _CHUNK_WEIGHTS = 2**22  # random tensors are made in pieces of this size to keep temporaries small
-
-
-def round_scale(scales: torch.Tensor) -> torch.Tensor:
-    """The nearest fp32 numbers that bf16 and fp16 hold exactly: 8 significant bits, within fp16's normal range.
-
-    Scales under 2^-14 become 2^-14: smaller ones would be subnormal in fp16, which some runtimes flush to zero.
-    """
-    return scales.to(torch.bfloat16).float().clamp(FP16_SMALLEST_NORMAL, LARGEST_SCALE)
 
 
 def dequantize(weight: GroupWeight) -> torch.Tensor:
@@ -36,8 +30,10 @@ def dequantize(weight: GroupWeight) -> torch.Tensor:
     if weight.dense is not None:
         return weight.dense.float()
     codes, scales = canonical(weight)
-    grouped = codes.float().view(codes.shape[0], scales.shape[1], -1)  # (out, groups, inputs of a group)
-    return grouped.mul_(scales.unsqueeze(-1)).view(codes.shape)
+    grouped = codes.view(codes.shape[0], scales.shape[1], -1)  # (out, groups, inputs of a group)
+    zeros = None if weight.zeros is None else weight.zeros.unsqueeze(-1)
+    levels = formats.decode(grouped, scheme(weight.scheme).weight, zeros)
+    return levels.mul_(scales.unsqueeze(-1)).view(codes.shape)
 
 
 def canonical(weight: GroupWeight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +45,10 @@ def canonical(weight: GroupWeight) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = weight.codes, weight.scales
     if codes is None or scales is None:
         raise InputError("kernel.weight", f"a {weight.scheme} weight needs codes and scales, and this one lacks them.")
-    size = scheme(weight.scheme).weight.group_size or codes.shape[1]
+    number = scheme(weight.scheme).weight
+    size = number.group_size or codes.shape[1]
+    if (weight.zeros is None) is not number.symmetric:
+        raise InputError("kernel.weight", f"a {weight.scheme} weight has zero points, or none, against its scheme.")
     if tuple(scales.shape) != (codes.shape[0], codes.shape[1] // size) or codes.shape[1] % size:
         shapes = f"codes {tuple(codes.shape)}, scales {tuple(scales.shape)}"
         raise InputError("kernel.weight", f"{weight.scheme}: {shapes} do not fit scale groups of {size} inputs.")
@@ -57,7 +56,12 @@ def canonical(weight: GroupWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def activation_codes(x: torch.Tensor, number: NumberFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (fp32 values of the format, shape of x) and scales (fp32, one per token, shape (..., 1))."""
+    """Codes (fp32 values of the format, shape of x) and scales: fp32, one per token, shape (..., 1), or the shape of x
+    where groups of inputs have their own."""
+    if number.group_size:
+        grouped = x.unflatten(-1, (-1, number.group_size))
+        codes, scales = activation_codes(grouped, replace(number, group_size=None))
+        return codes.flatten(-2), scales.expand_as(codes).flatten(-2)
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
     if number.kind == "int":
@@ -99,42 +103,67 @@ def random_weight(
     bias: bool,
     generator: torch.Generator,
 ) -> GroupWeight:
-    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one."""
-    item = scheme(name)
-    made_bias = torch.randn(out_features, generator=generator).to(dtype) if bias else None
+    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one.
+
+    It is made on the generator's device.
+    """
+    item, device = scheme(name), generator.device
+    made_bias = torch.randn(out_features, generator=generator, device=device).to(dtype) if bias else None
     if item.weight.bits >= 16:
-        dense = torch.empty(out_features, in_features, dtype=dtype)
+        dense = torch.empty(out_features, in_features, dtype=dtype if item.is_dense else torch.bfloat16, device=device)
         dense.normal_(0.0, in_features**-0.5, generator=generator)
         _prune(dense, item, generator)
         return GroupWeight(name, dense=dense, bias=made_bias)
     codes = _random_codes(item, out_features, in_features, generator)
     _prune(codes, item, generator)
-    groups = in_features // (item.weight.group_size or in_features)
-    typical = 1.0 / (item.weight.qmax * math.sqrt(in_features))
-    scales = round_scale((0.5 + 2.0 * torch.rand(out_features, groups, generator=generator)) * typical)
-    return GroupWeight(name, codes=codes, scales=scales, bias=made_bias)
+    scales, zeros = _random_scales(item.weight, out_features, in_features, generator)
+    return GroupWeight(name, codes=codes, scales=scales, zeros=zeros, bias=made_bias)
+
+
+def _random_scales(
+    number: NumberFormat, out_features: int, in_features: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales that differ by up to a factor of 5, and zero points off the middle where the format has them."""
+    groups, share = in_features // (number.group_size or in_features), number.rows or out_features
+    typical = 1.0 / (number.qmax * math.sqrt(in_features))
+    uniform = torch.rand(-(-out_features // share), groups, generator=generator, device=generator.device)
+    drawn = (0.5 + 2.0 * uniform) * typical
+    unit = formats.scale_unit(float(drawn.max())) if number.scale == "e4m3" else 1.0
+    scales = formats.round_scales(drawn, number, unit).repeat_interleave(share, 0)[:out_features]
+    if number.symmetric:
+        return scales, None
+    quarter = 2 ** (number.bits - 2)
+    zeros = torch.randint(-quarter, quarter + 1, scales.shape, generator=generator, device=generator.device)
+    return scales, zeros.clamp_(max=int(number.qmax)).to(torch.int8)
 
 
 def _random_codes(item: Scheme, out_features: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
-    """int8 codes uniform over -qmax..qmax, or e4m3 codes of a normal distribution that reaches its largest number."""
-    if item.weight.kind == "int":
-        bound = int(item.weight.qmax)
-        return torch.randint(-bound, bound + 1, (out_features, in_features), dtype=torch.int8, generator=generator)
-    codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+    """int8 codes uniform over what the format has; e4m3 codes of a normal distribution that reaches its largest."""
+    shape, device = (out_features, in_features), generator.device
+    table = formats.has_table(item.weight)
+    if item.weight.kind == "int" or table:
+        bound = 2 ** (item.weight.bits - 1) - 1
+        least = -bound - 1 if table or not item.weight.symmetric else -bound
+        return torch.randint(least, bound + 1, shape, dtype=torch.int8, generator=generator, device=device)
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     for rows in codes.split(_rows_of_chunk(in_features)):
-        values = torch.randn(rows.shape, generator=generator).mul_(item.weight.qmax / 4.0)
+        values = torch.randn(rows.shape, generator=generator, device=device).mul_(item.weight.qmax / 4.0)
         rows.copy_(values.clamp_(-item.weight.qmax, item.weight.qmax))
     return codes
 
 
 def _prune(values: torch.Tensor, item: Scheme, generator: torch.Generator) -> None:
-    """Zero a random two of every four inputs, in place."""
-    if item.sparsity != "2:4":
+    """Zero a random half of the inputs in the scheme's pattern, in place."""
+    if item.sparsity == "dense":
         return
-    kept = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    quads = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+    if item.sparsity != "2:4":
+        for rows in movable(values).split(_rows_of_chunk(values.shape[1])):
+            rows.mul_(patterns.choose(torch.rand(rows.shape, generator=generator, device=generator.device), item))
+        return
+    pairs = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+    kept, quads = torch.tensor(pairs, device=values.device), movable(values)
     for rows in quads.split(_rows_of_chunk(values.shape[1])):
-        chosen = torch.randint(0, 6, (rows.shape[0], rows.shape[1] // 4), generator=generator)
+        chosen = torch.randint(0, 6, (rows.shape[0], rows.shape[1] // 4), generator=generator, device=values.device)
         rows.mul_(kept.to(rows.dtype)[chosen].view(rows.shape))
     if values.is_floating_point() and quads is values:
         values.add_(0.0)  # -0.0 + 0.0 is +0.0: compressors may take a negative zero for a survivor

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from autotune.errors import InputError, did_you_mean
 from autotune.search_space.coverage import KernelSpec, Limits
+from autotune.search_space.schemes import MORE, SCHEMES
 from autotune.store import digest, file_digest
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 class GroupWeight:
     """A layer group's weights under a scheme, rows of all members stacked; unpacked, in canonical form.
 
-    Dense schemes: `dense` holds W (out, in) in the model's dtype and `codes` is None. Quantized schemes: W = codes *
-    scales, with `codes` int8 (out, in) (integers, or fp8 e4m3 as torch.float8_e4m3fn) and `scales` fp32 (out, groups),
-    exact in bf16 and in fp16. A 2:4 scheme has at least two exact zeros in every four inputs.
+    Dense schemes: `dense` holds W (out, in) in the model's dtype and `codes` is None. Quantized schemes: W = levels *
+    scales, with `codes` (out, in) int8, or torch.float8_e4m3fn, that stand for levels (`kernels.formats`; of symmetric
+    integers and fp8 the codes themselves) and `scales` fp32 (out, groups), exact in bf16 and in fp16, repeated where
+    rows share them. A sparse scheme has exact zeros where its pattern wants them, 2:4 two in every four inputs.
     """
 
     scheme: str
@@ -35,6 +37,7 @@ class GroupWeight:
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None  # (out,) in the model's dtype
+    zeros: torch.Tensor | None = None  # int8 (out, groups): the code that stands for 0, of asymmetric integers
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ _CPU = "autotune.kernels.cpu."
 _FLOATS = ("bf16", "fp32")
 _NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the best instructions that the CPU has
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
+
+# Everything but the models' own numbers.
+_ANY = tuple(item.name for item in (*SCHEMES, *MORE) if not item.is_dense)
 
 KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("torch.cpu.bf16", ("bf16",), "cpu", ("bf16",), _TORCH + "dense"),
@@ -157,6 +163,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         Limits(32, 8, min_compute_capability=8.0),
         notes="tinygemm: slow for more than a few rows",
     ),
+    KernelSpec("torch.cpu.unpack", _ANY, "cpu", _FLOATS, _TORCH + "unpack", memory_only=True),
 )
 
 
@@ -173,10 +180,11 @@ def kernel(name: str) -> KernelSpec:
 
 
 def kernel_hash(spec: KernelSpec) -> str:
-    """sha256 of what a measurement depends on: the kernel's source, the reference's, and torch's version."""
+    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version."""
     module = _source(spec.module)
     native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
-    files = [module, _source("autotune.kernels.reference"), *(path for path in native if path.is_file())]
+    reference = [_source(f"autotune.kernels.{name}") for name in ("reference", "formats")]
+    files = [module, *reference, *(path for path in native if path.is_file())]
     return digest([spec.name, *map(file_digest, files), version("torch")])
 
 

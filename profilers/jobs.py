@@ -90,7 +90,8 @@ def needed(
     kernels: Sequence[KernelSpec],
     status: Literal["runs", "estimated"],
 ) -> tuple[Job, ...]:
-    """The jobs of every (group, scheme) with this legality, each once, those of one shape together."""
+    """The jobs of every (group, scheme) with this legality, each once, those of one shape together. What is usable for
+    memory only runs too."""
     found = dict.fromkeys(_all(spec, space, target, workload, {kernel.name: kernel for kernel in kernels}, status))
     shapes = list(dict.fromkeys(job.shape for job in found))
     return tuple(sorted(found, key=lambda job: (shapes.index(job.shape), job.rows)))  # stable within
@@ -106,7 +107,7 @@ def _all(
 ) -> Iterator[Job]:
     groups = {group.name: group for group in spec.groups}
     for entry in space.entries:
-        if entry.legality.status != status:
+        if entry.legality.status != status and (status, entry.legality.status) != ("runs", "memory_only"):
             continue
         group, item = groups[entry.group], scheme(entry.scheme)
         resident = residency(spec, item, target.last_cache_bytes)

@@ -1,7 +1,7 @@
 """Bytes: what weights take under a scheme, and what this process has taken at its peak.
 
-`weight_bytes` is storage: codes, scales (16 bit), 2:4 positions and bias, as a checkpoint holds them; times a kernel's
-`copies` it is what the kernel holds. Kernels that pad hold more: the latency table's `packed_bytes` says what.
+`weight_bytes` is storage: codes, scales, zero points, a pattern's positions and bias, as a checkpoint holds them; times
+a kernel's `copies` it is what the kernel holds. Kernels that pad hold more: the latency table's `packed_bytes` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import Scheme, scheme
 
 _STATUS = Path("/proc/self/status")
-_SCALE_BYTES = 2
 _WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -30,11 +29,9 @@ def packed_weight_bytes(name: str, shape: Shape, dtype: str, copies: float = 1.0
     """The same for a shape, as a kernel that keeps `copies` of the codes holds it."""
     item, (members, in_features, has_bias) = scheme(name), shape
     out_features = sum(members)
-    codes = in_features * out_features * item.bits_per_weight / 8  # scales per group of inputs included
-    per_channel = item.weight.bits < 16 and item.weight.group_size is None
-    scales = out_features * _SCALE_BYTES if per_channel else 0
     bias = out_features * _WIDTH[dtype] if has_bias else 0
-    return math.ceil(codes * copies) + scales + bias
+    more = math.ceil(in_features * out_features * item.bits_per_weight / 8 * (copies - 1))
+    return item.stored_bytes(out_features, in_features) + more + bias
 
 
 def uniform_bytes(spec: ModelSpec, item: Scheme) -> int:

@@ -12,11 +12,12 @@ from collections.abc import Iterable
 
 from autotune.profilers.table import Choice, LatencyTable
 from autotune.search_space.groups import LayerGroup, ModelSpec
-from autotune.search_space.schemes import Scheme, scheme
+from autotune.search_space.schemes import Scheme, Sparsity, scheme
 from autotune.search_space.space import SearchSpace
 from autotune.search_space.workload import Workload
 
 ESTIMATE_ERROR = 0.15  # median error of published kernel-level latency models
+_ORDER: tuple[Sparsity, ...] = ("dense", "50%", "4:8", "2:4")  # masks of a pattern are masks of those before it
 NOISY_ERROR = 0.5  # an interval from a disturbed run may miss the truth by far
 
 
@@ -44,7 +45,7 @@ def prune(
 
 def at_least_as_accurate(a: Scheme, b: Scheme) -> bool:
     """By construction: as many bits for weights and activations, scales no coarser, no more zeros."""
-    if a.sparsity != "dense" and b.sparsity == "dense":
+    if _ORDER.index(a.sparsity) > _ORDER.index(b.sparsity):
         return False
     return _weight_bits(a, b) and _activation_bits(a) >= _activation_bits(b) and _same_activations(a, b)
 
@@ -52,15 +53,19 @@ def at_least_as_accurate(a: Scheme, b: Scheme) -> bool:
 def _weight_bits(a: Scheme, b: Scheme) -> bool:
     if a.weight.bits != b.weight.bits:
         return a.weight.bits > b.weight.bits
-    whole = float("inf")  # one scale for all inputs of a channel
-    return a.weight.kind == b.weight.kind and (a.weight.group_size or whole) <= (b.weight.group_size or whole)
+    whole = float("inf")  # one scale for all inputs of a channel, or for all channels
+    finer = (a.weight.group_size or whole) <= (b.weight.group_size or whole)
+    finer = finer and (a.weight.rows or whole) <= (b.weight.rows or whole)
+    alike = (a.weight.kind, a.weight.symmetric, a.weight.scale) == (b.weight.kind, b.weight.symmetric, b.weight.scale)
+    return finer and alike
 
 
 def _same_activations(a: Scheme, b: Scheme) -> bool:
     """Formats of equal width are not ordered: int8 and fp8 lose different things."""
-    if a.activation is None or b.activation is None:
+    if a.activation is None or b.activation is None or a.activation.bits != b.activation.bits:
         return True
-    return a.activation.bits != b.activation.bits or a.activation.kind == b.activation.kind
+    finer = (a.activation.group_size or float("inf")) <= (b.activation.group_size or float("inf"))
+    return finer and a.activation.kind == b.activation.kind
 
 
 def _activation_bits(item: Scheme) -> float:

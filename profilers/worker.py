@@ -168,7 +168,7 @@ def _passes(candidate: _Candidate, weight: GroupWeight, packed: Packed, rows: in
 
 def _clone(weight: GroupWeight) -> GroupWeight:
     """Memory of its own: a kernel may keep what it is given, and copies must not be one and the same."""
-    tensors = {name: getattr(weight, name) for name in ("dense", "codes", "scales", "bias")}
+    tensors = {name: getattr(weight, name) for name in ("dense", "codes", "scales", "bias", "zeros")}
     copies: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
     return replace(weight, **copies)
 

@@ -33,4 +33,5 @@ class KernelSpec:
     copies: float = 1.0  # packed bytes over the scheme's own; 2.0 where prefill needs a second copy
     compute_format: str = "bf16"  # number format its multiply runs in, for the roofline: a key of Ceilings.tera_ops
     sparse_compute: bool = False  # True: 2:4 tensor cores double that rate
+    memory_only: bool = False  # True: unpacks before a dense multiply; saves bytes, never time
     notes: str = ""

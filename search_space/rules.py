@@ -12,7 +12,8 @@ from autotune.search_space.schemes import Scheme
 from autotune.targets.target import Target
 
 # runs: a kernel exists here. estimated: a kernel exists for that target, which is not this machine (searched from the
-# roofline, never applied). memory_only: runs by dequantizing, saves bytes but no time. illegal: not possible.
+# roofline, never applied). memory_only: runs here by unpacking weights in every call, saves bytes but no time; measured
+# like any other. illegal: not possible.
 Status = Literal["runs", "estimated", "memory_only", "illegal"]
 
 
@@ -24,16 +25,35 @@ class Legality:
 
     @property
     def usable(self) -> bool:
-        return self.status in ("runs", "estimated")
+        return self.status != "illegal"
 
 
 def legality(
-    scheme: Scheme, group: LayerGroup, dtype: str, target: Target, kernels: Sequence[KernelSpec], local: bool
+    scheme: Scheme,
+    group: LayerGroup,
+    dtype: str,
+    target: Target,
+    kernels: Sequence[KernelSpec],
+    local: bool,
+    for_memory: bool = False,
 ) -> Legality:
-    """`local`: the target is this machine, so its kernels can be run and not only estimated."""
+    """`local`: the target is this machine, so its kernels can be run and not only estimated. `for_memory`: kernels that
+    save bytes and no time count where there is no other."""
     if reason := _format_misfit(scheme, group):
         return Legality("illegal", reason)
-    named = [kernel for kernel in kernels if scheme.name in kernel.schemes and kernel.device == target.device]
+    own = [kernel for kernel in kernels if kernel.device == target.device and scheme.name in kernel.schemes]
+    found = _judge(scheme, group, dtype, target, [kernel for kernel in own if not kernel.memory_only], local)
+    if found.usable or not (for_memory and local):
+        return found
+    unpacking = _judge(scheme, group, dtype, target, [kernel for kernel in own if kernel.memory_only], local)
+    if not unpacking.usable:
+        return found
+    return Legality("memory_only", f"saves memory only: {found.reason}", unpacking.kernels)
+
+
+def _judge(
+    scheme: Scheme, group: LayerGroup, dtype: str, target: Target, named: Sequence[KernelSpec], local: bool
+) -> Legality:
     if not named:
         return Legality("illegal", f"no {target.device} kernel implements {scheme.name}")
     misfits = {kernel.name: _misfit(kernel, group, dtype, target) for kernel in named}
@@ -50,8 +70,8 @@ def _format_misfit(scheme: Scheme, group: LayerGroup) -> str:
     size = scheme.weight.group_size
     if size and group.in_features % size:
         return f"{group.in_features} inputs are not a multiple of the scale group {size}"
-    if scheme.sparsity == "2:4" and group.in_features % 4:
-        return f"{group.in_features} inputs are not a multiple of 4, as 2:4 needs"
+    if scheme.block and group.in_features % scheme.block:
+        return f"{group.in_features} inputs are not a multiple of {scheme.block}, as {scheme.sparsity} needs"
     return ""
 
 

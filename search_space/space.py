@@ -12,8 +12,10 @@ from autotune.errors import InputError
 from autotune.search_space.coverage import KernelSpec
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.rules import Legality, legality
-from autotune.search_space.schemes import SCHEMES, Scheme, scheme
+from autotune.search_space.schemes import MORE, SCHEMES, Scheme, scheme
 from autotune.targets.target import Target
+
+DEFAULT = "default"  # among names of schemes: all that are searched when none is named
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,19 @@ def build(
     local: bool,
     allowed: Sequence[str] | None = None,
 ) -> SearchSpace:
-    """Every scheme of every group with its legality; `allowed` limits the compressed schemes by name.
+    """Every scheme of every group with its legality.
+
+    Args:
+        allowed: the only compressed schemes to use, by name, `DEFAULT` for all of `SCHEMES`; those named may be of
+            `MORE`, and may be used for memory only where no kernel makes them fast.
 
     Raises:
-        InputError: `space.no_dense` when a group cannot even run dense on this target.
+        InputError: `scheme.unknown`; `space.no_dense` when a group cannot even run dense on this target.
     """
     dense = scheme(spec.dtype)
-    names = None if allowed is None else {scheme(name).name for name in allowed}
-    candidates = [item for item in SCHEMES if item is dense or not item.is_dense]
+    names = None if allowed is None else _named(allowed)
+    more = [item for item in MORE if names and item.name in names]
+    candidates = [item for item in (*SCHEMES, *more) if item is dense or not item.is_dense]
     entries: list[Entry] = []
     for group in spec.groups:
         found = [_entry(item, group, spec, target, kernels, local, names, dense) for item in candidates]
@@ -83,9 +90,16 @@ def _entry(
     target: Target,
     kernels: Sequence[KernelSpec],
     local: bool,
-    names: set[str] | None,
+    names: dict[str, bool] | None,
     dense: Scheme,
 ) -> Entry:
     if names is not None and item is not dense and item.name not in names:
         return Entry(group.name, item.name, Legality("illegal", "excluded by --schemes"))
-    return Entry(group.name, item.name, legality(item, group, spec.dtype, target, kernels, local))
+    for_memory = names is not None and names.get(item.name, False)
+    return Entry(group.name, item.name, legality(item, group, spec.dtype, target, kernels, local, for_memory))
+
+
+def _named(allowed: Sequence[str]) -> dict[str, bool]:
+    """Scheme -> whether it was named itself, and not by `DEFAULT`."""
+    names = {item.name: False for item in SCHEMES} if DEFAULT in allowed else {}
+    return names | {scheme(name).name: True for name in allowed if name != DEFAULT}

@@ -9,10 +9,11 @@ from test_compress_sweep import correlated, weights
 from autotune.compress import methods
 from autotune.compress.calibrate import InputStatistics
 from autotune.errors import InputError
-from autotune.kernels.reference import dequantize, round_scale
-from autotune.search_space.schemes import SCHEMES
+from autotune.kernels.formats import code_type, round_scale
+from autotune.kernels.reference import dequantize
+from autotune.search_space.schemes import MORE, SCHEMES, survivors
 
-COMPRESSED = [item for item in SCHEMES if not item.is_dense]
+COMPRESSED = [item for item in (*SCHEMES, *MORE) if not item.is_dense]
 
 
 def statistics(seed=0):
@@ -24,13 +25,17 @@ def test_weights_are_what_their_scheme_says(name):
     weight = weights()
     for item, found in zip(COMPRESSED, methods.METHODS[name](weight, statistics(), COMPRESSED), strict=True):
         assert found.scheme == item.name
-        if item.sparsity == "2:4":
-            assert int((dequantize(found).view(24, -1, 4) != 0).sum(-1).max()) <= 2
+        if item.sparsity != "dense":
+            block = item.block or 128
+            kept = (dequantize(found).view(24, -1, block) != 0).sum(-1)
+            assert int(kept.max()) <= survivors(item.sparsity, block)
         if item.weight.bits >= 16:
             assert found.dense.dtype == torch.bfloat16
             continue
-        assert found.codes.dtype == (torch.int8 if item.weight.kind == "int" else torch.float8_e4m3fn)
-        assert float(found.codes.float().abs().max()) <= item.weight.qmax
+        assert found.codes.dtype == code_type(item.weight)
+        assert (found.zeros is None) == item.weight.symmetric
+        levels = dequantize(found) / found.scales.repeat_interleave(item.weight.group_size or 128, 1)
+        assert float(levels.abs().max()) <= item.weight.qmax * (1.0 if item.weight.symmetric else 2.01) + 1e-6
         assert found.scales.shape == (24, 128 // (item.weight.group_size or 128))
         assert torch.equal(found.scales, round_scale(found.scales))
 
@@ -59,7 +64,10 @@ def test_methods_in_order_of_what_they_lose():
     for item in COMPRESSED:
         loss = {name: errors[item.name] for name, errors in by_method.items()}
         assert loss["joint"] < loss["wanda"]
-        if item.sparsity == "2:4":
+        assert loss["signround"] <= loss["wanda"]
+        if item.weight.kind == "int" and item.sparsity == "dense":
+            assert loss["joint"] < loss["signround"] < 0.8 * loss["wanda"]
+        if item.sparsity != "dense":
             assert loss["joint"] < 0.6 * loss["wanda"]
             assert loss["wanda"] < min(loss["hwpq"], loss["magnitude"])
         else:

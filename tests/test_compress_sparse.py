@@ -8,6 +8,7 @@ from test_compress_sweep import correlated, error, weights
 
 from autotune.compress import hwpq, sparse, wanda
 from autotune.compress.curvature import damped
+from autotune.search_space.schemes import scheme
 
 
 def two_of_four(mask):
@@ -17,7 +18,7 @@ def two_of_four(mask):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_mask_loses_less_than_wandas(seed):
     hessian, weight = correlated(seed=seed, own=0.1), weights(seed=seed + 10)
-    mask = sparse.admm_mask(weight, sparse.spectrum(hessian))
+    mask = sparse.admm_mask(weight, sparse.spectrum(hessian), scheme("2:4"))
     assert two_of_four(mask)
     losses = [
         error(weight, sparse.least_squares(weight, hessian, keep), hessian)
@@ -29,14 +30,14 @@ def test_the_mask_loses_less_than_wandas(seed):
 def test_where_inputs_do_not_depend_on_each_other_wandas_mask_is_nearly_reached():
     """There it is the best one, and `auto` finds it; ADMM stops where the mask no longer moves."""
     weight, moment = weights(), torch.rand(128, generator=torch.Generator().manual_seed(3)) + 0.1
-    mask = sparse.admm_mask(weight, sparse.spectrum(torch.diag(moment)))
+    mask = sparse.admm_mask(weight, sparse.spectrum(torch.diag(moment)), scheme("2:4"))
     best = wanda.mask_24(weight, damped(torch.diag(moment)).diagonal())
     losses = [float((weight.square() * moment)[~keep].sum()) for keep in (best, mask)]
     assert losses[0] <= losses[1] < 1.25 * losses[0]
 
 
 def test_a_mask_of_silent_inputs_is_still_a_mask():
-    assert two_of_four(sparse.admm_mask(weights(), sparse.spectrum(torch.zeros(128, 128))))
+    assert two_of_four(sparse.admm_mask(weights(), sparse.spectrum(torch.zeros(128, 128)), scheme("2:4")))
 
 
 def test_least_squares_are_exact_after_enough_steps():

@@ -8,6 +8,7 @@ import torch
 from autotune.compress import curvature, rounding, sweep, wanda
 from autotune.compress.curvature import damped, sweep_factor
 from autotune.errors import InputError
+from autotune.kernels.formats import round_to
 from autotune.search_space.schemes import NumberFormat
 
 FORMATS = [NumberFormat("int", 4, 32), NumberFormat("int", 4, 64), NumberFormat("int", 8), NumberFormat("int", 3, 32)]
@@ -28,13 +29,13 @@ def weights(rows=24, inputs=128, seed=1):
 
 
 def start_of(weight, hessian, number, keep=None):
-    _, scales = rounding.quantize(weight, hessian.diagonal(), number, keep)
-    return sweep.Start(number, weight if keep is None else weight * keep, scales, keep)
+    grid = rounding.find_grid(weight, hessian.diagonal(), number, keep)
+    return sweep.Start(number, weight if keep is None else weight * keep, grid, keep)
 
 
 def valued(codes, start):
     size = start.number.group_size or codes.shape[1]
-    return codes * start.scales.repeat_interleave(size, 1)
+    return codes * start.grid.scales.repeat_interleave(size, 1)
 
 
 def error(weight, found, hessian):
@@ -47,10 +48,10 @@ def plain(start, hessian):
     matrix = damped(hessian).double()
     order = hessian.diagonal().argsort(descending=True, stable=True)
     weight, inverse = start.weight.double().clone(), matrix.inverse()
-    scales = start.scales.double().repeat_interleave(start.number.group_size or weight.shape[1], 1)
+    scales = start.grid.scales.double().repeat_interleave(start.number.group_size or weight.shape[1], 1)
     codes = torch.zeros_like(weight)
     for i in order.tolist():
-        code = rounding.round_to(weight[:, i] / scales[:, i], start.number)
+        code = round_to(weight[:, i] / scales[:, i], start.number)
         codes[:, i] = code if start.keep is None else code * start.keep[:, i]
         off = (weight[:, i] - codes[:, i] * scales[:, i]) / inverse[i, i]
         weight -= off.unsqueeze(1) * inverse[i]
@@ -85,7 +86,7 @@ def test_formats_swept_at_once_get_the_codes_they_get_alone(monkeypatch):
 def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(number):
     weight, hessian = weights(), torch.diag(torch.rand(128) + 0.5)
     start = start_of(weight, hessian, number)
-    codes, _ = rounding.quantize(weight, hessian.diagonal(), number)
+    codes = rounding.quantize(weight, hessian.diagonal(), number).codes
     assert torch.equal(sweep.sweep([start], sweep_factor(hessian))[0], codes.float())
 
 
@@ -94,7 +95,7 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(number):
 def test_it_loses_less_than_rounding(number, pruned):
     hessian, weight = correlated(), weights()
     start = start_of(weight, hessian, number, wanda.mask_24(weight, hessian.diagonal()) if pruned else None)
-    rounded = rounding.quantize(weight, hessian.diagonal(), number, start.keep)[0].float()
+    rounded = rounding.quantize(weight, hessian.diagonal(), number, start.keep).codes.float()
     found = valued(sweep.sweep([start], sweep_factor(hessian))[0], start)
     assert error(start.weight, found, hessian) < 0.8 * error(start.weight, valued(rounded, start), hessian)
     if pruned:
@@ -115,7 +116,7 @@ def test_an_input_never_seen_is_rounded_and_takes_no_error_over():
     hessian[5], hessian[:, 5] = 0.0, 0.0
     start = start_of(weight, hessian, FORMATS[0])
     found = sweep.sweep([start], sweep_factor(hessian))[0]
-    expected = rounding.round_to(weight[:, 5] / start.scales[:, 0], FORMATS[0])
+    expected = round_to(weight[:, 5] / start.grid.scales[:, 0], FORMATS[0])
     assert torch.equal(found[:, 5], expected)
 
 
@@ -131,7 +132,7 @@ def test_damping_is_raised_until_the_matrix_can_be_factored(monkeypatch):
 
 def test_all_inputs_silent():
     factor = sweep_factor(torch.zeros(8, 8))
-    start = sweep.Start(NumberFormat("int", 8), weights(2, 8), torch.full((2, 1), 0.01))
+    start = sweep.Start(NumberFormat("int", 8), weights(2, 8), rounding.Grid(torch.full((2, 1), 0.01)))
     assert bool(factor.upper.isfinite().all())
     assert torch.equal(sweep.sweep([start], factor)[0], (weights(2, 8) / 0.01).round())
 

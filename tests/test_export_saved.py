@@ -143,7 +143,7 @@ def saved_run(
                 shared.add(group.name)
         else:
             made = tiny.rounded(stacked, torch.ones(group.in_features), scheme(name))
-            weights[group.name] = GroupWeight(name, made.dense, made.codes, made.scales, bias)
+            weights[group.name] = GroupWeight(name, made.dense, made.codes, made.scales, bias, made.zeros)
     for group in spec.groups:
         fused = FusedGroup(group.in_features, [member.out_features for member in group.members])
         install(model, [member.module for member in group.members], fused)

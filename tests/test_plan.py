@@ -14,7 +14,7 @@ from pydantic import ValidationError
 import autotune.plan
 from autotune.errors import InputError
 from autotune.plan import Plan, SchemeSpec
-from autotune.search_space.schemes import SCHEMES, scheme
+from autotune.search_space.schemes import MORE, SCHEMES, scheme
 from autotune.store import canonical_json, digest
 
 SCHEMA = Path(autotune.plan.__file__).with_name("plan.schema.json")
@@ -233,9 +233,19 @@ def test_it_is_frozen():
         PLAN.target = "other"
 
 
-@pytest.mark.parametrize("item", SCHEMES, ids=lambda item: item.name)
+@pytest.mark.parametrize("item", (*SCHEMES, *MORE), ids=lambda item: item.name)
 def test_a_scheme_entry_says_all_of_the_scheme(item):
     entry = SchemeSpec.of(item.name)
     assert entry.bits_per_weight == scheme(item.name).bits_per_weight
-    others = [other for other in SCHEMES if other is not item]
+    others = [other for other in (*SCHEMES, *MORE) if other is not item]
     assert all(SchemeSpec.of(other.name) != entry for other in others)
+
+
+def test_schemes_known_from_the_start_are_written_as_they_were():
+    """Plans made before there were zero points, shared rows or other scales keep their digest."""
+    written = SchemeSpec.of("2:4+w4a8-int4-g64").model_dump(mode="json")
+    known = {"sparsity", "weight_kind", "weight_bits", "weight_group_size", "activation_kind", "activation_bits"}
+    assert set(written) == known | {"bits_per_weight"}
+    assert SchemeSpec.of("w4a16-nvfp4").model_dump()["weight_scale"] == "e4m3"
+    for item in (*SCHEMES, *MORE):
+        assert SchemeSpec.model_validate(SchemeSpec.of(item.name).model_dump()) == SchemeSpec.of(item.name)

@@ -8,7 +8,7 @@ from autotune.profilers.prune import at_least_as_accurate, prune
 from autotune.profilers.table import LatencyRow, LatencyTable
 from autotune.search_space.coverage import KernelSpec
 from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
-from autotune.search_space.schemes import SCHEMES, scheme
+from autotune.search_space.schemes import MORE, SCHEMES, scheme
 from autotune.search_space.space import build
 from autotune.search_space.workload import parse
 from autotune.targets.target import Ceilings, Target
@@ -20,6 +20,7 @@ NAMES = ("bf16", "w8a8-int8", "w8a16-int8", "w4a16-int4-g32", "w4a16-int4-g128")
 KERNELS = tuple(KernelSpec(name, (name,), "cpu", ("bf16",), "none") for name in NAMES)
 SPACE = build(MODEL, TARGET, KERNELS, local=True)
 WORKLOAD = parse("1,8,0")
+EVERY = (*SCHEMES, *MORE)
 BYTES = {"bf16": 4000, "w8a8-int8": 2000, "w8a16-int8": 2000, "w4a16-int4-g32": 1100, "w4a16-int4-g128": 1030}
 
 
@@ -112,6 +113,14 @@ def test_the_space_takes_the_reasons():
         ("w8a8-int8", "2:4+w8a8-int8", True),
         ("w4a16-int4-g128", "2:4+w8a8-int8", False),
         ("2:4", "2:4+w8a8-fp8", True),
+        ("4:8", "2:4", True),  # every 2:4 mask is a 4:8 mask, and that one of half a row
+        ("50%", "4:8", True),
+        ("2:4", "50%", False),
+        ("w8a16-fp8", "w8a8-fp8-tensor", True),
+        ("w8a8-fp8-128x128", "w8a8-fp8", False),  # blocks are finer across inputs, coarser across outputs
+        ("w4a16-nf4-g64", "w4a16-int4-g64", False),
+        ("w4a16-int4-g32-asym", "w4a16-int4-g64", False),
+        ("w4a16-int4-g32-asym", "w4a16-int4-g64-asym", True),
     ],
 )
 def test_order_of_accuracy(better, worse, expected):
@@ -119,9 +128,9 @@ def test_order_of_accuracy(better, worse, expected):
 
 
 def test_the_order_is_a_partial_order():
-    for a in SCHEMES:
+    for a in EVERY:
         assert at_least_as_accurate(a, a)
-        for b in SCHEMES:
+        for b in EVERY:
             if a is not b and at_least_as_accurate(a, b):
                 assert not at_least_as_accurate(b, a)
-                assert all(at_least_as_accurate(a, c) for c in SCHEMES if at_least_as_accurate(b, c))
+                assert all(at_least_as_accurate(a, c) for c in EVERY if at_least_as_accurate(b, c))

@@ -20,7 +20,7 @@ from autotune import store
 from autotune.errors import DeviceError
 from autotune.report import page, palette, pareto, terminal, words
 from autotune.report.write import write_report
-from autotune.search_space.schemes import SCHEMES
+from autotune.search_space.schemes import MORE, SCHEMES
 
 # Test files are no package, so the samples are loaded by path.
 _spec = importlib.util.spec_from_file_location("report_sample", Path(__file__).with_name("test_report_sample.py"))
@@ -195,8 +195,9 @@ def test_labels_do_not_overlap(report):
 
 
 def test_every_scheme_has_its_own_readable_colour():
-    colours = [palette.COLOURS[scheme.name] for scheme in SCHEMES]
-    assert len(set(colours)) == len(SCHEMES) == len({palette.short(scheme.name) for scheme in SCHEMES})
+    every = (*SCHEMES, *MORE)
+    colours = [palette.COLOURS[scheme.name] for scheme in every]
+    assert len(set(colours)) == len(every) == len({palette.short(scheme.name) for scheme in every})
     for colour in [*colours, palette.UNKNOWN]:
         ink, back = palette.luminance(palette.text_on(colour)), palette.luminance(colour)
         assert (max(ink, back) + 0.05) / (min(ink, back) + 0.05) >= 4.0

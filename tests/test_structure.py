@@ -31,6 +31,7 @@ LAYERS = (
     ("reference_model", "teacher", "score"),
     ("attention", "decoder", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
+    ("memory_budget",),
     ("tables", "finalists", "decide", "result", "planning"),
     ("export", "report"),
     ("tune", "choosing", "cleaning", "doctor", "dry_run"),

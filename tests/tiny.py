@@ -18,7 +18,7 @@ from autotune.kernels.spec import KERNELS, GroupWeight
 from autotune.profilers.jobs import needed
 from autotune.profilers.memory import packed_weight_bytes
 from autotune.profilers.table import LatencyTable
-from autotune.search_space.schemes import Scheme, scheme
+from autotune.search_space.schemes import MORE, Scheme, scheme
 from autotune.search_space.space import SearchSpace, build
 from autotune.search_space.workload import parse
 from autotune.targets import detect
@@ -91,7 +91,8 @@ def fake_profile(spec, space, target, workload, *_args, **_options) -> LatencyTa
     rows = []
     for job in needed(spec, space, target, workload, KERNELS, "runs"):
         size = packed_weight_bytes(job.scheme, job.shape, job.dtype)
-        median = (1.0 + size / 1000.0) * (1 + 0.2 * (job.rows > 1)) * (1 + 0.001 * names.index(job.kernel.name))
+        slow = 20.0 if job.kernel.memory_only else 1.0
+        median = slow * (1.0 + size / 1000.0) * (1 + 0.2 * (job.rows > 1)) * (1 + 0.001 * names.index(job.kernel.name))
         rows.append(job.row((median, median * 0.99, median * 1.01), "measured", size, 20))
     return LatencyTable(target.name, "fake", tuple(rows))
 
@@ -105,7 +106,8 @@ def fake_measure(model, configurations, workload, seconds=20.0, progress=None):
         bits = 0.0
         for group in model.spec.groups:
             item = configuration.get(group.name, model.spec.dtype)
-            bits += 0.0 if item == "zeros" else group.weights * scheme(item).bits_per_weight
+            slow = 20.0 if item in {other.name for other in MORE} else 1.0
+            bits += 0.0 if item == "zeros" else slow * group.weights * scheme(item).bits_per_weight
         total = 0.05 + bits / 1e6
         same = Interval(total, total, total)
         names = {phase.name for phase in workload.phases}

@@ -20,8 +20,8 @@ from torch import nn
 from autotune.compress import methods
 from autotune.compress.calibrate import InputStatistics, input_statistics
 from autotune.errors import InputError
-from autotune.kernels.packing import compress_24, expand_24, pack_codes, unpack_codes
 from autotune.kernels.spec import GroupWeight
+from autotune.kernels.storage import pack, stored_rows, unpack
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import Scheme, scheme
 from autotune.search_space.space import SearchSpace
@@ -46,9 +46,13 @@ class WeightDatabase:
 
         if (group.name, name) not in self.entries:
             raise InputError("database.missing", f"{group.name} was not compressed as {name}.", "Run compress again.")
+        item = scheme(name)
         with safe_open(self.folder / self.entries[group.name, name], framework="pt") as file:
-            tensors = {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118 - not a mapping
-        return unpack(scheme(name), group.in_features, tensors, None if bias is None else bias[rows])
+            start, stop, _ = rows.indices(group.out_features)
+            wanted = {key: stored_rows(item, key, start, stop) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {key: file.get_slice(key)[part] for key, part in wanted.items()}
+        within = start % item.weight.rows if item.weight.rows else 0
+        return unpack(item, group.in_features, tensors, None if bias is None else bias[rows], within)
 
     def origin(self, group: str, name: str) -> tuple[str, float | None]:
         """(method, error of the group's output: squared, relative, on calibration documents set aside) of an entry;
@@ -153,35 +157,6 @@ def stacked_bias(model: nn.Module, group: LayerGroup, dtype: torch.dtype) -> tor
         bias = module.bias
         parts.append(torch.zeros(member.out_features) if bias is None else bias.detach().float())
     return torch.cat(parts).to(dtype)
-
-
-def pack(weight: GroupWeight) -> dict[str, torch.Tensor]:
-    """Canonical weights as the tensors that are stored; the inverse of `unpack`."""
-    item = scheme(weight.scheme)
-    tensors: dict[str, torch.Tensor] = {}
-    values = weight.dense if weight.codes is None else weight.codes
-    assert values is not None
-    if item.sparsity == "2:4":
-        values, tensors["positions"] = compress_24(values)
-    if weight.scales is not None:
-        tensors["scales"] = weight.scales.to(torch.bfloat16)  # exact: 8 significant bits
-    tensors["values"] = pack_codes(values, item.weight.bits) if values.dtype == torch.int8 else values
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def unpack(
-    item: Scheme, in_features: int, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None
-) -> GroupWeight:
-    """The canonical weights behind stored tensors."""
-    stored = in_features // 2 if item.sparsity == "2:4" else in_features
-    values = tensors["values"]
-    if item.weight.kind == "int":
-        values = unpack_codes(values, item.weight.bits, stored)
-    if item.sparsity == "2:4":
-        values = expand_24(values, tensors["positions"])
-    if item.weight.bits >= 16:
-        return GroupWeight(item.name, dense=values, bias=bias)
-    return GroupWeight(item.name, codes=values, scales=tensors["scales"].float(), bias=bias)
 
 
 def _serialize(tensors: dict[str, torch.Tensor], origin: str) -> bytes:

@@ -1,4 +1,4 @@
-"""2:4 masks by the metric of HWPQ / SwiftPrune (arXiv 2501.16376): the fast mode, one pass and no Hessian.
+"""The metric of HWPQ / SwiftPrune (arXiv 2501.16376) for masks: the fast mode, one pass and no Hessian.
 
 With H = x x^T + c I for one vector x of input norms, OBS gives the error of removing a weight in closed form,
 
@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from autotune.compress.wanda import best_two
+from autotune.kernels.patterns import best_two
+
+
+def score(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """(out, in): what losing a weight would cost; `moment` (in,) mean squared input."""
+    share = moment / moment.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return weight.square() / (1 - share).clamp_min(1e-6)
 
 
 def mask_24(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """True where a weight (out, in) stays; `moment` (in,) mean squared input."""
-    share = moment / moment.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return best_two(weight.square() / (1 - share).clamp_min(1e-6))
+    """True where a weight (out, in) stays at 2:4."""
+    return best_two(score(weight, moment))

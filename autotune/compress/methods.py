@@ -11,17 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from autotune.compress import hwpq, rounding, sparse, wanda
+from autotune.compress import hwpq, rounding, signround, sparse, wanda
 from autotune.compress.calibrate import InputStatistics
 from autotune.compress.curvature import sweep_factor
+from autotune.compress.rounding import Grid
 from autotune.compress.sweep import Start, sweep
 from autotune.errors import InputError, did_you_mean
+from autotune.kernels.formats import encode
+from autotune.kernels.packing import movable
+from autotune.kernels.patterns import choose
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight
-from autotune.search_space.schemes import NumberFormat, Scheme
+from autotune.search_space.schemes import Scheme, Sparsity
 
 Method = Callable[[torch.Tensor, InputStatistics, Sequence[Scheme]], list[GroupWeight]]
-Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # weight (out, in), moment (in,) -> (out, in) bool
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # weight (out, in), moment (in,) -> (out, in)
 
 AUTO = "auto"
 FAST = "wanda"  # without a Hessian; HWPQ's metric costs as much and prunes worse (docs/measured.md)
@@ -60,48 +64,59 @@ def check(name: str) -> None:
 
 
 def takes_hessian(name: str) -> bool:
-    return name in (AUTO, "joint")
+    return name in (AUTO, "joint", "signround")
 
 
 def joint(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
-    """The 2:4 mask and weights of least layer error, then one sweep that rounds every format and makes up for it."""
+    """Masks and weights of least layer error, then one sweep that rounds every format and makes up for it."""
     factor = sweep_factor(inputs.hessian)
-    is_sparse = any(item.sparsity == "2:4" for item in schemes)
-    spectrum = sparse.spectrum(inputs.hessian) if is_sparse else None
+    patterns = {item.sparsity: item for item in schemes if item.sparsity != "dense"}
+    spectrum = sparse.spectrum(inputs.hessian) if patterns else None
+    coded = [item for item in schemes if item.weight.bits < 16]
+    # Scales that rows share need all rows; where a scheme is sparse they wait for the weights that survive.
+    grids = {i.name: rounding.find_grid(weight, inputs.moment, i.weight) for i in coded if i.sparsity == "dense"}
     parts: list[list[GroupWeight]] = []
-    for rows in weight.split(max(1, _ROWS_OF_WEIGHTS // weight.shape[1])):
-        keep = None if spectrum is None else sparse.admm_mask(rows, spectrum)
-        fitted = None if keep is None else sparse.least_squares(rows, inputs.hessian, keep)
-        parts.append([])
-        starts = {item.name: _start(item, rows, fitted, keep, inputs) for item in schemes if item.weight.bits < 16}
-        codes = dict(zip(starts, sweep(list(starts.values()), factor), strict=True)) if starts else {}
-        for item in schemes:
-            if item.name in starts:
-                made = _typed(codes[item.name], item.weight)
-                parts[-1].append(GroupWeight(item.name, codes=made, scales=starts[item.name].scales))
-            else:
-                assert fitted is not None  # a format of 16 bits is compressed by its sparsity
-                parts[-1].append(GroupWeight(item.name, dense=fitted.to(torch.bfloat16)))
+    step = max(1, _ROWS_OF_WEIGHTS // weight.shape[1])
+    for first in range(0, len(weight), step):
+        part = slice(first, first + step)
+        fits = {"dense": _Fit(weight[part])}
+        for name, item in patterns.items():
+            assert spectrum is not None
+            keep = sparse.admm_mask(weight[part], spectrum, item)
+            fits[name] = _Fit(sparse.least_squares(weight[part], inputs.hessian, keep), keep)
+        starts = [_start(item, fits[item.sparsity], grids.get(item.name), part, inputs) for item in coded]
+        made = dict(zip([i.name for i in coded], sweep(starts, factor) if starts else [], strict=True))
+        grid = {item.name: start.grid for item, start in zip(coded, starts, strict=True)}
+        parts.append(
+            [
+                _coded(item, made[item.name], grid[item.name])
+                if item.name in made
+                else GroupWeight(item.name, dense=fits[item.sparsity].weight.to(torch.bfloat16))
+                for item in schemes
+            ]
+        )
     return [_joined(pieces) for pieces in zip(*parts, strict=True)]
 
 
-def _start(
-    item: Scheme,
-    weight: torch.Tensor,
-    fitted: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    inputs: InputStatistics,
-) -> Start:
-    """Scales belong to the weights that survive: those of the fitted mask where the scheme is sparse."""
-    if item.sparsity == "dense":
-        fitted, keep = weight, None
-    assert fitted is not None
-    _, scales = rounding.quantize(fitted, inputs.moment, item.weight, keep)
-    return Start(item.weight, fitted, scales, keep)
+@dataclass(frozen=True)
+class _Fit:
+    """Rows (out, in) before rounding, and where they are not pruned."""
+
+    weight: torch.Tensor
+    keep: torch.Tensor | None = None
 
 
-def _typed(codes: torch.Tensor, number: NumberFormat) -> torch.Tensor:
-    return codes.to(torch.int8 if number.kind == "int" else torch.float8_e4m3fn)
+def _start(item: Scheme, fit: _Fit, grid: Grid | None, part: slice, inputs: InputStatistics) -> Start:
+    """Scales belong to the weights that survive."""
+    found = grid.rows(part) if grid else rounding.find_grid(fit.weight, inputs.moment, item.weight, fit.keep)
+    return Start(item.weight, fit.weight, found, fit.keep)
+
+
+def _coded(item: Scheme, levels: torch.Tensor, grid: Grid) -> GroupWeight:
+    size = item.weight.group_size or levels.shape[1]
+    zeros = None if grid.zeros is None else grid.zeros.repeat_interleave(size, 1)
+    codes = encode(levels, item.weight, zeros)
+    return GroupWeight(item.name, codes=codes, scales=grid.scales, zeros=grid.zeros)
 
 
 def _joined(pieces: Sequence[GroupWeight]) -> GroupWeight:
@@ -111,36 +126,60 @@ def _joined(pieces: Sequence[GroupWeight]) -> GroupWeight:
         tensors = [getattr(piece, name) for piece in pieces]
         if tensors[0] is None or len(tensors) == 1:
             return tensors[0]  # type: ignore[no-any-return]
-        if tensors[0].dtype == torch.float8_e4m3fn:  # torch cannot concatenate these
-            return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(torch.float8_e4m3fn)
-        return torch.cat(tensors)
+        return torch.cat([movable(tensor) for tensor in tensors]).view(tensors[0].dtype)
 
-    return GroupWeight(pieces[0].scheme, dense=cat("dense"), codes=cat("codes"), scales=cat("scales"))
+    parts = {name: cat(name) for name in ("dense", "codes", "scales", "zeros")}
+    return GroupWeight(pieces[0].scheme, **parts)
 
 
-def rounded(mask: Mask) -> Method:
+def rounded(score: Score) -> Method:
     """Round to nearest with clipped scales, after a mask where the scheme is sparse; no weight is moved."""
 
     def method(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
-        keep = mask(weight, inputs.moment) if any(item.sparsity == "2:4" for item in schemes) else None
+        sparsities: dict[Sparsity, Scheme] = {item.sparsity: item for item in schemes if item.sparsity != "dense"}
+        scores = score(weight, inputs.moment) if sparsities else weight
+        masks = {name: choose(scores, item) for name, item in sparsities.items()}
         made = []
         for item in schemes:
-            kept = keep if item.sparsity == "2:4" else None
+            keep = masks.get(item.sparsity)
             if item.weight.bits >= 16:
-                dense = weight if kept is None else weight * kept
+                dense = weight if keep is None else weight * keep
                 made.append(GroupWeight(item.name, dense=dense.to(torch.bfloat16)))
             else:
-                codes, scales = rounding.quantize(weight, inputs.moment, item.weight, kept)
-                made.append(GroupWeight(item.name, codes=codes, scales=scales))
+                found = rounding.quantize(weight, inputs.moment, item.weight, keep)
+                made.append(GroupWeight(item.name, codes=found.codes, scales=found.scales, zeros=found.zeros))
         return made
 
     return method
 
 
+def signed(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
+    """Masks and weights as `joint` has them, then integers by sign-gradient rounding; other formats to nearest."""
+    patterns = {item.sparsity: item for item in schemes if item.sparsity != "dense"}
+    spectrum = sparse.spectrum(inputs.hessian) if patterns else None
+    fits: dict[Sparsity, _Fit] = {"dense": _Fit(weight)}
+    for name, item in patterns.items():
+        assert spectrum is not None
+        keep = sparse.admm_mask(weight, spectrum, item)
+        fits[name] = _Fit(sparse.least_squares(weight, inputs.hessian, keep), keep)
+    return [_signed(item, fits[item.sparsity], inputs) for item in schemes]
+
+
+def _signed(item: Scheme, fit: _Fit, inputs: InputStatistics) -> GroupWeight:
+    if item.weight.bits >= 16:
+        return GroupWeight(item.name, dense=fit.weight.to(torch.bfloat16))
+    if item.weight.kind != "int":
+        found = rounding.quantize(fit.weight, inputs.moment, item.weight, fit.keep)
+        return GroupWeight(item.name, codes=found.codes, scales=found.scales, zeros=found.zeros)
+    grid = rounding.find_grid(fit.weight, inputs.moment, item.weight, fit.keep)
+    return _coded(item, *signround.tune(fit.weight, inputs.hessian, item.weight, grid, fit.keep))
+
+
 METHODS: dict[str, Method] = {
     "joint": joint,
-    "wanda": rounded(wanda.mask_24),
-    "hwpq": rounded(hwpq.mask_24),
-    "magnitude": rounded(lambda weight, _: wanda.mask_24(weight, None)),
+    "signround": signed,
+    "wanda": rounded(wanda.score),
+    "hwpq": rounded(hwpq.score),
+    "magnitude": rounded(lambda weight, _: wanda.score(weight, None)),
 }
 AUTO_METHODS = ("joint", "wanda")

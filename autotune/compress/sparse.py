@@ -1,8 +1,8 @@
-"""2:4 as an optimisation problem: which two of every four inputs stay, and the best weights there.
+"""Pruning as an optimisation problem: which weights of a pattern stay, and the best weights there.
 
-The mask by ADMM on the layer's squared error (ALPS, arXiv 2406.07831, with 2:4 in place of a count of zeros): weights
-X near W in the layer's error and their projection D on the pattern pull each other, ever harder, until they agree. This
-is done where every input has unit power, so that the projection compares |w_j| ||x_j|| as Wanda does.
+The mask by ADMM on the layer's squared error (ALPS, arXiv 2406.07831, with any pattern in place of a count of zeros):
+weights X near W in the layer's error and their projection D on the pattern pull each other, ever harder, until they
+agree. This is done where every input has unit power, so that the projection compares |w_j| ||x_j|| as Wanda does.
 
 The weights by conjugate gradients on the kept positions, for all rows at once: the exact least squares of ALPS and OBC,
 of which SparseGPT's sweep is a cheap approximation because it never goes back.
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from autotune.compress.curvature import damped
-from autotune.compress.wanda import mask_24
+from autotune.kernels.patterns import choose
+from autotune.search_space.schemes import Scheme
 
 # On the demo model 60 and 20 steps lower the layers' error by 14% and the model's loss by no more than 1%.
 ADMM_STEPS = 12
@@ -44,18 +45,18 @@ def spectrum(hessian: torch.Tensor) -> Spectrum:
     return Spectrum(power, *torch.linalg.eigh(curvature / power / power.unsqueeze(1)))
 
 
-def admm_mask(weight: torch.Tensor, inputs: Spectrum, steps: int = ADMM_STEPS) -> torch.Tensor:
-    """True where a weight (out, in) stays, two of every four inputs."""
+def admm_mask(weight: torch.Tensor, inputs: Spectrum, item: Scheme, steps: int = ADMM_STEPS) -> torch.Tensor:
+    """True where a weight (out, in) stays, in the scheme's pattern."""
     target = weight * inputs.power
     penalty = _PENALTY
     solve = inputs.filtered(1 / (inputs.values + penalty))
     pull = target @ inputs.filtered(inputs.values)
-    keep = last = mask_24(target, None)
+    keep = last = choose(target.abs(), item)
     pruned, dual = target * keep, torch.zeros_like(target)
     for step in range(1, steps + 1):
         free = torch.sub(pull, dual).add_(pruned, alpha=penalty) @ solve
         wanted = torch.add(free, dual, alpha=1 / penalty)
-        keep = mask_24(wanted, None)
+        keep = choose(wanted.abs(), item)
         pruned = wanted * keep
         dual.add_(free.sub_(pruned), alpha=penalty)
         if step % _EVERY == 0:

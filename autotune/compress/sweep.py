@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from autotune.compress.curvature import SweepFactor
-from autotune.compress.rounding import round_to
+from autotune.compress.rounding import Grid
+from autotune.kernels.formats import round_to
 from autotune.search_space.schemes import NumberFormat
 
 _BLOCK = 32  # inputs swept before their errors are carried to the rest by one product
@@ -31,23 +32,25 @@ class Start:
 
     number: NumberFormat
     weight: torch.Tensor  # (out, in) fp32; zero where pruned
-    scales: torch.Tensor  # (out, groups) fp32
-    keep: torch.Tensor | None = None  # (out, in) bool; elsewhere codes are zero
+    grid: Grid
+    keep: torch.Tensor | None = None  # (out, in) bool; elsewhere levels are zero
+
+    def rows(self, part: slice) -> Start:
+        keep = None if self.keep is None else self.keep[part]
+        return Start(self.number, self.weight[part], self.grid.rows(part), keep)
 
 
 def sweep(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
-    """Codes (out, in) fp32 of every format, values its number format holds. All starts have the same shape."""
+    """Levels (out, in) fp32 of every format, numbers it holds, before scales. All starts have the same shape."""
     rows = len(starts[0].weight)
     step = max(1, _LINE // len(starts))
-    codes = [torch.empty_like(start.weight) for start in starts]
+    levels = [torch.empty_like(start.weight) for start in starts]
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        pieces = [
-            Start(s.number, s.weight[part], s.scales[part], None if s.keep is None else s.keep[part]) for s in starts
-        ]
-        for whole, piece in zip(codes, _sweep_rows(pieces, factor), strict=True):
+        pieces = [start.rows(part) for start in starts]
+        for whole, piece in zip(levels, _sweep_rows(pieces, factor), strict=True):
             whole[part] = piece
-    return codes
+    return levels
 
 
 def _sweep_rows(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
@@ -55,27 +58,29 @@ def _sweep_rows(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tens
     inputs, rows = len(order), len(starts[0].weight)
     weight = torch.cat([start.weight.t()[order] for start in starts], 1)  # (in, rows of all formats)
     keep = _keep(starts, order)
-    codes = torch.empty_like(weight)
+    levels = torch.empty_like(weight)
     for first in range(0, inputs, _BLOCK):
         last = min(first + _BLOCK, inputs)
         block = slice(first, last)
-        scales = torch.cat([_scales(start, order[block], inputs) for start in starts], 1)  # (block, rows)
+        grids = [_grid(start, order[block], inputs) for start in starts]
+        scales = torch.cat([grid.scales for grid in grids], 1)  # (block, rows)
         errors = torch.empty_like(scales)
         for place in range(last - first):
             here = first + place
             line, scale = weight[here], scales[place]
-            code = torch.div(line, scale, out=codes[here])
-            for number, start in enumerate(starts):
-                round_to(code[number * rows : (number + 1) * rows], start.number)
+            level = torch.div(line, scale, out=levels[here])
+            for number, (start, grid) in enumerate(zip(starts, grids, strict=True)):
+                zeros = None if grid.zeros is None else grid.zeros[place]
+                round_to(level[number * rows : (number + 1) * rows], start.number, zeros)
             if keep is not None:
-                code *= keep[here]
-            error = torch.addcmul(line, code, scale, value=-1, out=errors[place]).div_(float(upper[here, here]))
+                level *= keep[here]
+            error = torch.addcmul(line, level, scale, value=-1, out=errors[place]).div_(float(upper[here, here]))
             if place + 1 < last - first:
                 weight[here + 1 : last].addr_(upper[here, here + 1 : last], error, alpha=-1)
         if last < inputs:
             weight[last:].addmm_(upper[block, last:].t(), errors, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
+    unordered = torch.empty_like(levels)
+    unordered[order] = levels
     return [piece.t().contiguous() for piece in unordered.split(rows, 1)]
 
 
@@ -87,7 +92,8 @@ def _keep(starts: Sequence[Start], order: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([part.t()[order] for part in parts], 1)
 
 
-def _scales(start: Start, places: torch.Tensor, inputs: int) -> torch.Tensor:
-    """(places, rows): the scale of every input of a block."""
-    size = start.number.group_size or inputs
-    return start.scales.t()[places // size]
+def _grid(start: Start, places: torch.Tensor, inputs: int) -> Grid:
+    """(places, rows): scale and zero point of every input of a block."""
+    groups = places // (start.number.group_size or inputs)
+    zeros = None if start.grid.zeros is None else start.grid.zeros.t()[groups]
+    return Grid(start.grid.scales.t()[groups], zeros)

@@ -79,7 +79,9 @@ def check(saved: SavedModel) -> None:
         raise InputError("export.unsupported", f"a {saved.plan.kv_cache} KV cache is not exported yet.")
     for group in saved.groups:
         if _format(group.scheme) is None and not _is_plain(group.scheme):
-            hint = "compressed-tensors holds 2-, 4- and 8-bit integers and fp8; exclude the scheme with --schemes."
+            hint = (
+                "What is written holds symmetric 2-, 4- and 8-bit integers and fp8; exclude the scheme with --schemes."
+            )
             what = f"{group.name}: {NAME} cannot hold {group.scheme.name}."
             raise InputError("export.unsupported", what, hint)
     _check_fused(saved.groups)
@@ -106,7 +108,7 @@ def _is_plain(item: Scheme) -> bool:
 def _format(item: Scheme) -> str | None:
     """The layout of a quantized scheme, None where there is none."""
     weight, activation = item.weight, item.activation
-    if weight.kind == "int" and activation is None and weight.bits in PACKABLE_BITS:
+    if weight.kind == "int" and weight.symmetric and activation is None and weight.bits in PACKABLE_BITS:
         return "pack-quantized"
     if weight.bits != 8 or weight.group_size or activation != NumberFormat(weight.kind, 8):
         return None
@@ -167,7 +169,7 @@ def _note_sparse(saved: SavedModel) -> str:
     if not sparse:
         return ""
     where = f"{sparse} of {len(saved.groups)} groups"
-    return f"The 2:4 zeros of {where} are stored as ordinary values: no speed-up from sparsity in these runtimes."
+    return f"The zeros of {where}' patterns are stored as ordinary values: no speed-up from sparsity in these runtimes."
 
 
 def _quantization_config(groups: tuple[SavedGroup, ...]) -> dict[str, Any] | None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotune.compress import database
 from autotune.config import RunConfig
 from autotune.errors import InputError
+from autotune.kernels import storage
 from autotune.kernels.spec import GroupWeight
 from autotune.plan import Plan, SchemeSpec, TensorEntry
 from autotune.runtime import WEIGHTS
@@ -180,7 +180,7 @@ def _weight(item: Scheme, name: str, entries: list[TensorEntry], parts: dict[str
         if item.is_dense:
             weight = GroupWeight(item.name, dense=parts["dense"], bias=bias)
         else:
-            weight = database.unpack(item, shape[1], parts, bias)
+            weight = storage.unpack(item, shape[1], parts, bias)
     except KeyError as error:
         raise _unfit(f"{name} lacks its {error.args[0]}") from error
     values = weight.dense if weight.codes is None else weight.codes
@@ -196,7 +196,12 @@ def _rows(weight: GroupWeight, start: int, stop: int, bias: bool) -> GroupWeight
     if bias and weight.bias is None:
         raise _unfit("a bias is missing")
     return GroupWeight(
-        weight.scheme, cut(weight.dense), cut(weight.codes), cut(weight.scales), cut(weight.bias) if bias else None
+        weight.scheme,
+        cut(weight.dense),
+        cut(weight.codes),
+        cut(weight.scales),
+        cut(weight.bias) if bias else None,
+        cut(weight.zeros),
     )
 
 

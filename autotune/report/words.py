@@ -233,8 +233,21 @@ def notices(report: Report) -> list[str]:
         said.append(f"Times are estimated from the ceilings of {target}, which is not this machine; none was measured.")
     elif timing(report) == "predicted":
         said.append("Times are predicted from kernels measured alone; the plan was not run end to end.")
+    said += _memory_only(report)
     if report["plan"]["certified"] == "not_certified":
         said.append("The loss budget is not certified: the data could not show that the plan stays inside it.")
     if report["plan"]["certified"] == "violated":
         said.append("The loss budget is violated by this plan.")
     return said + warnings
+
+
+def _memory_only(report: Report) -> list[str]:
+    """Which schemes of the plan save memory and no time, if any does."""
+    chosen = [o for group in report["groups"] for o in group["options"] if o["chosen"] and o["status"] == "memory_only"]
+    if not chosen:
+        return []
+    names = ", ".join(sorted({str(option["scheme"]) for option in chosen}))
+    groups = f"{len(chosen)} of {len(report['groups'])} groups"
+    return [
+        f"{groups} are compressed for memory only ({names}): no kernel here makes them fast, they are unpacked anew."
+    ]

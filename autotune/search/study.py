@@ -77,11 +77,26 @@ class Decoder:
 def decoder(problem: Problem, budget: Budget) -> Decoder:
     latency = latency_table(problem)
     table = features(problem)
+    sizes = byte_table(problem)
     fastest = problem.rest_us + float(latency.min(axis=1).sum())
     slowest = problem.latency_us(problem.dense)
+    if budget.max_bytes is not None:
+        fastest, slowest = _within_bytes(problem, table.loss, latency, sizes, budget.max_bytes, (fastest, slowest))
     if budget.max_latency_us is not None:
         slowest = min(slowest, budget.max_latency_us)
-    return Decoder(problem, budget, table, latency, byte_table(problem), fastest, max(fastest, slowest))
+    return Decoder(problem, budget, table, latency, sizes, fastest, max(fastest, slowest))
+
+
+def _within_bytes(
+    problem: Problem, loss: Floats, latency: Floats, sizes: Floats, limit: int, ends_us: tuple[float, float]
+) -> tuple[float, float]:
+    """(fastest, slowest) worth aiming at: what is small enough may be slower than dense."""
+    room = limit - problem.fixed_bytes
+    try:
+        fastest, safest = solve(latency, sizes, room), solve(loss, sizes, room)
+    except InfeasibleError:  # nothing is small enough; the search says what is nearest
+        return ends_us
+    return problem.latency_us(fastest), max(ends_us[1], problem.latency_us(safest))
 
 
 def target_at_loss(decode: Decoder, loss_nats: float) -> float:

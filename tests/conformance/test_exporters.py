@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 GROUPS = ("model.layers.0.self_attn.qkv", "model.layers.1.mlp.down_proj")
 EACH_EXPORTER = pytest.mark.parametrize("item", EXPORTERS, ids=lambda item: item.name)
 QUANTIZED = [item.name for item in SCHEMES if not item.is_dense]
+QUANTIZED += ["w8a16-int8-g64", "w4a16-int4-g64-asym", "w3a16-int3-g64", "w2a16-int2-g32", "w8a16-fp8"]
+QUANTIZED += ["w8a8-fp8-tensor", "w4a16-nf4-g64", "w4a16-mxfp4", "w4a16-nvfp4", "4:8", "50%+w8a16-int8"]
 
 
 def _exported(item: Exporter, folder: Path, names: dict[str, str], **options: Any) -> SimpleNamespace:
@@ -56,7 +58,7 @@ def test_exact_or_refused(item: Exporter, name: str, dtype: str, tmp_path: Path)
         return
     _check_weights(item, done)
     assert done.report.schemes == done.run.plan.configuration
-    sparse = name.startswith("2:4")
+    sparse = schemes.scheme(name).sparsity != "dense"
     assert any("no speed-up" in note for note in done.report.notes) is sparse
 
 
