@@ -99,11 +99,14 @@ def random_weight(
     bias: bool,
     generator: torch.Generator,
 ) -> GroupWeight:
-    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one."""
-    item = scheme(name)
-    made_bias = torch.randn(out_features, generator=generator).to(dtype) if bias else None
+    """A plausible weight for profiling and tests: full-range codes, scales that differ, outputs of magnitude one.
+
+    It is made on the generator's device.
+    """
+    item, device = scheme(name), generator.device
+    made_bias = torch.randn(out_features, generator=generator, device=device).to(dtype) if bias else None
     if item.weight.bits >= 16:
-        dense = torch.empty(out_features, in_features, dtype=dtype)
+        dense = torch.empty(out_features, in_features, dtype=dtype, device=device)
         dense.normal_(0.0, in_features**-0.5, generator=generator)
         _prune(dense, item, generator)
         return GroupWeight(name, dense=dense, bias=made_bias)
@@ -111,18 +114,20 @@ def random_weight(
     _prune(codes, item, generator)
     groups = in_features // (item.weight.group_size or in_features)
     typical = 1.0 / (item.weight.qmax * math.sqrt(in_features))
-    scales = round_scale((0.5 + 2.0 * torch.rand(out_features, groups, generator=generator)) * typical)
+    uniform = torch.rand(out_features, groups, generator=generator, device=device)
+    scales = round_scale((0.5 + 2.0 * uniform) * typical)
     return GroupWeight(name, codes=codes, scales=scales, bias=made_bias)
 
 
 def _random_codes(item: Scheme, out_features: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
     """int8 codes uniform over -qmax..qmax, or e4m3 codes of a normal distribution that reaches its largest number."""
+    shape, device = (out_features, in_features), generator.device
     if item.weight.kind == "int":
         bound = int(item.weight.qmax)
-        return torch.randint(-bound, bound + 1, (out_features, in_features), dtype=torch.int8, generator=generator)
-    codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        return torch.randint(-bound, bound + 1, shape, dtype=torch.int8, generator=generator, device=device)
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     for rows in codes.split(_rows_of_chunk(in_features)):
-        values = torch.randn(rows.shape, generator=generator).mul_(item.weight.qmax / 4.0)
+        values = torch.randn(rows.shape, generator=generator, device=device).mul_(item.weight.qmax / 4.0)
         rows.copy_(values.clamp_(-item.weight.qmax, item.weight.qmax))
     return codes
 
@@ -131,10 +136,12 @@ def _prune(values: torch.Tensor, item: Scheme, generator: torch.Generator) -> No
     """Zero a random two of every four inputs, in place."""
     if item.sparsity != "2:4":
         return
-    kept = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
+    pairs = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+    kept = torch.tensor(pairs, device=values.device)
     quads = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
     for rows in quads.split(_rows_of_chunk(values.shape[1])):
-        chosen = torch.randint(0, 6, (rows.shape[0], rows.shape[1] // 4), generator=generator)
+        quarter = (rows.shape[0], rows.shape[1] // 4)
+        chosen = torch.randint(0, 6, quarter, generator=generator, device=values.device)
         rows.mul_(kept.to(rows.dtype)[chosen].view(rows.shape))
     if values.is_floating_point() and quads is values:
         values.add_(0.0)  # -0.0 + 0.0 is +0.0: compressors may take a negative zero for a survivor

@@ -111,6 +111,16 @@ KERNELS: tuple[KernelSpec, ...] = (
         compute_format="fp8",
     ),
     KernelSpec(
+        "cuda.fp8.fast",
+        ("w8a8-fp8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuda_fp8_fast",
+        Limits(16, 16, ("fp8",), min_compute_capability=8.9),
+        compute_format="fp8",
+        notes="short sums: left out wherever the gate refuses them",
+    ),
+    KernelSpec(
         "cuda.int8",
         ("w8a8-int8",),
         "cuda",
@@ -176,7 +186,8 @@ def kernel_hash(spec: KernelSpec) -> str:
     """sha256 of what a measurement depends on: the kernel's source, the reference's, and torch's version."""
     module = _source(spec.module)
     native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
-    files = [module, _source("autotune.kernels.reference"), *(path for path in native if path.is_file())]
+    shared = sorted(module.parent.glob("*.py")) if spec.device == "cuda" else []  # quantizing and rescaling are there
+    files = [module, _source("autotune.kernels.reference"), *shared, *(path for path in native if path.is_file())]
     return digest([spec.name, *map(file_digest, files), version("torch")])
 
 
