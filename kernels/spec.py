@@ -63,8 +63,11 @@ _INT4_A8 = ("w4a8-int4-g32", "w4a8-int4-g64", "w4a8-int4-g128")
 _SPARSE_INT4_A8 = ("2:4+w4a8-int4-g64", "2:4+w4a8-int4-g128")
 _TORCH = "autotune.kernels.torch."
 _CPU = "autotune.kernels.cpu."
+_TRITON = "autotune.kernels.triton."
 _FLOATS = ("bf16", "fp32")
 _NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the best instructions that the CPU has
+_TRITON_LIMITS = Limits(16, 8, ("triton",), min_compute_capability=8.0)
+_TRITON_SPARSE = Limits(32, 8, ("triton",), min_compute_capability=8.0)  # words of eight quads; no sparse tensor cores
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
 
 KERNELS: tuple[KernelSpec, ...] = (
@@ -166,6 +169,22 @@ KERNELS: tuple[KernelSpec, ...] = (
         _TORCH + "cuda_int4",
         Limits(32, 8, min_compute_capability=8.0),
         notes="tinygemm: slow for more than a few rows",
+    ),
+    KernelSpec(
+        "triton.w8a8",
+        ("w8a8-int8",),
+        "cuda",
+        ("bf16",),
+        _TRITON + "w8a8",
+        Limits(16, 8, ("triton",), min_compute_capability=8.0),
+        compute_format="int8",
+    ),
+    KernelSpec("triton.w8a16", ("w8a16-int8",), "cuda", ("bf16",), _TRITON + "w8a16", _TRITON_LIMITS),
+    KernelSpec("triton.w4a16", _INT4, "cuda", ("bf16",), _TRITON + "w4a16", _TRITON_LIMITS),
+    KernelSpec("triton.24.bf16", ("2:4",), "cuda", ("bf16",), _TRITON + "sparse24", _TRITON_SPARSE),
+    KernelSpec("triton.24.w8a16", ("2:4+w8a16-int8",), "cuda", ("bf16",), _TRITON + "sparse24", _TRITON_SPARSE),
+    KernelSpec(
+        "triton.24.w4a16", ("2:4+w4a16-int4-g128",), "cuda", ("bf16",), _TRITON + "sparse24_int4", _TRITON_SPARSE
     ),
 )
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from autotune.errors import DeviceError
@@ -100,7 +101,7 @@ def cuda_target(device: CudaDevice) -> Target:
         name=f"cuda-{_slug(device.name)}",
         device="cuda",
         model=device.name,
-        features=cuda_features(device.compute_capability),
+        features=(*cuda_features(device.compute_capability), *(("triton",) if find_spec("triton") else ())),
         cores=device.sms,
         memory_bytes=device.memory_bytes,
         last_cache_bytes=device.l2_bytes,
