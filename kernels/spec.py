@@ -110,6 +110,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
+    KernelSpec("cuda.fp32", ("fp32",), "cuda", ("fp32",), _TORCH + "cuda_dense", compute_format="fp32"),
     KernelSpec(
         "cuda.fp8",
         ("w8a8-fp8",),

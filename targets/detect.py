@@ -98,7 +98,7 @@ def cuda_target(device: CudaDevice) -> Target:
     known = _profile_of(device)
     note = f"Found on this machine, driver {device.driver}. Ceilings are those of "
     return Target(
-        name=f"cuda-{_slug(device.name)}",
+        name=cuda_name(device.name),
         device="cuda",
         model=device.name,
         features=(*cuda_features(device.compute_capability), *(("triton",) if find_spec("triton") else ())),
@@ -110,6 +110,11 @@ def cuda_target(device: CudaDevice) -> Target:
         notes=note + (f"{known.name}.yaml until measured." if known else "its class until measured."),
         caches={"L2": device.l2_bytes},
     )
+
+
+def cuda_name(model: str) -> str:
+    """What a detected CUDA device of this vendor's name is called as a target."""
+    return f"cuda-{_slug(model)}"
 
 
 def cuda_features(capability: float) -> tuple[str, ...]:

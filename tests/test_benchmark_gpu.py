@@ -14,6 +14,7 @@ from autotune.profilers.table import LatencyTable
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "gpu"
 ABSENT = ("optuna", "pydantic", "rich", "matplotlib", "plotly", "typer", "scipy", "transformers", "safetensors")
+PHASES = ("decode batch 1", "decode batch 16", "prefill 2048")
 BARE = f"""
 import sys
 for name in {ABSENT!r}:
@@ -69,6 +70,28 @@ def test_a_rehearsal_on_the_cpu(tmp_path):
     }
     assert len(dense) == 10  # a baseline for every shape and rows
     assert len(LatencyTable.from_csv(tmp_path / "out/latency.csv").rows) == len(legal)
+
+
+@pytest.mark.slow
+def test_whole_models_are_rehearsed_on_the_cpu(tmp_path):
+    """The tiny model through transformers, its groups switched in place, two configurations in three phases."""
+    command = [
+        sys.executable,
+        str(FOLDER / "run.py"),
+        "--device",
+        "cpu",
+        "--only",
+        "end_to_end",
+        "--no-probe",
+        "--out",
+        "out",
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=170)
+    assert process.returncode == 0, process.stderr
+    rows = read(tmp_path / "out/end_to_end.csv")
+    assert [row["status"] for row in rows] == ["measured"] * 6, rows
+    assert {row["shape"] for row in rows} == {f"tiny {phase}" for phase in PHASES}
+    assert all(float(row["us"]) > 0 for row in rows)
 
 
 def test_no_time_is_a_row_too(tmp_path):

@@ -4,7 +4,8 @@
     python3 benchmarks/gpu/run.py --only prefill,decode         some of it
     python3 benchmarks/gpu/run.py --device cpu --only decode --shapes 256x512      a rehearsal without a GPU
 
-Runs from a checkout, nothing installed: torch, triton, numpy, pandas and pyyaml. Rows
+Runs from a checkout, nothing installed: torch, triton, numpy, pandas and pyyaml (transformers for
+`end_to_end`). Rows
 carry the device, driver, libraries and date. A kernel that fails is a row with its reason; what there was no time for
 is one too. The card is measured as it is found: no setting of it is changed.
 """
@@ -38,7 +39,7 @@ from autotune.targets import cuda_driver, detect
 from autotune.targets.target import Target
 
 # name -> share of the time that is left when it starts
-PARTS = {"smoke": 0.2, "prefill": 0.3, "decode": 0.45, "int4": 0.4, "correctness": 1.0}
+PARTS = {"smoke": 0.2, "prefill": 0.3, "decode": 0.45, "int4": 0.4, "end_to_end": 0.6, "correctness": 1.0}
 
 
 @dataclass
@@ -96,7 +97,7 @@ def smoke(bench: Bench) -> None:
 
 
 def prefill(bench: Bench) -> None:
-    bench.table("prefill", _of_model("llama-3.1-8b"), (4096,))
+    bench.table("prefill", _of_model("llama-3.1-8b"), (2048, 4096))
 
 
 def decode(bench: Bench) -> None:
@@ -115,11 +116,19 @@ def check_all(bench: Bench) -> None:
     bench.check("correctness", {**odd, **shapes.SHAPES}, (1, 2, 3, 7, 16, 17, 33, 128, 515, 4096))
 
 
+def end_to_end(bench: Bench) -> None:
+    import end_to_end as whole
+
+    models = ("llama-3.1-8b", "llama-3.2-1b") if bench.target.device == "cuda" else ("tiny",)
+    bench.add("end_to_end", list(whole.measured(bench.target.device, bench.deadline("end_to_end"), bench.rows, models)))
+
+
 RUN: dict[str, Callable[[Bench], None]] = {
     "smoke": smoke,
     "prefill": prefill,
     "decode": decode,
     "int4": int4,
+    "end_to_end": end_to_end,
     "correctness": check_all,
 }
 
