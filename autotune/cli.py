@@ -17,6 +17,7 @@ from rich.console import Console
 
 from autotune.config import RunConfig, parse_bytes, parse_loss
 from autotune.errors import AutotuneError, UsageError
+from autotune.table_commands import app as tables_app
 
 if TYPE_CHECKING:
     from autotune.result import Result
@@ -30,6 +31,7 @@ plan_app = typer.Typer(
 targets_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="Device profiles.")
 app.add_typer(plan_app, name="plan")
 app.add_typer(targets_app, name="targets")
+app.add_typer(tables_app, name="tables")
 console = Console(highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a config.json, or org/name@revision.")]
@@ -106,8 +108,26 @@ def tune(
 
 
 @app.command()
-def profile(run: RunArgument) -> None:
-    """Measure the kernels of an existing run's model, or read its table."""
+def profile(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a run made by `autotune tune`.")] = None,
+    shapes: Annotated[Path | None, typer.Option(help="A config.json instead of a run: its shapes, no weights.")] = None,
+    out: Annotated[Path, typer.Option(help="With --shapes: the CSV to write.")] = Path("latency.csv"),
+    target: Annotated[str, typer.Option(help="With --shapes: auto, cpu, a profile's name, or a YAML file.")] = "auto",
+    workload: Annotated[str, typer.Option(help="With --shapes: chat, decode, prefill, or B,P,G.")] = "chat",
+    dtype: Annotated[str | None, typer.Option(help="With --shapes: bf16 or fp32.")] = None,
+) -> None:
+    """Measure the kernels of an existing run's model or of a config.json's shapes."""
+    if (run is None) == (shapes is None):
+        raise UsageError("profile.what", "give either a run folder or --shapes CONFIG_JSON.", "One of the two.")
+    if shapes is not None:
+        from autotune.shapes import profile_shapes
+
+        table = profile_shapes(shapes, target, workload, dtype, lambda done, total, text: console.print(text))
+        table.to_csv(out)
+        measured = sum(row.status == "measured" for row in table.rows)
+        console.print(f"{len(table.rows)} latencies, {measured} of them measured, in {out}")
+        return
+    assert run is not None
     result = _run(_config(run), "profile")
     console.print(f"{len(result.table.rows)} latencies in {run / 'latency.csv'}")
 

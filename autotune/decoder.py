@@ -5,8 +5,8 @@ attention, a gated MLP with SiLU, two residual sums. Whether a layer is of it is
 numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts, masks, other
 caches, training, hooks and `torch.compile` go to transformers' own code.
 
-Keys and values are kept in buffers with room to grow, behind the cache's own tensors (views of what is filled); a cache
-that was cropped goes on in the same buffer.
+Keys and values are kept in buffers with room to grow, behind the cache's own tensors, which are views of what is
+filled. A model serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -115,10 +115,9 @@ class OneToken:
             return None
         if self._trusted is None:
             return None if None in ready.choices else self._try(ready, x, angles, kept, given)
-        position: int = kept.keys.shape[2]
-        keys, values = _with_room(kept, position)
-        y = self._run(ready, x, angles, keys, values, position)
-        kept.keys, kept.values = keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1)
+        room = _with_room(kept)
+        y = self._run(ready, x, angles, room)
+        room.show(kept)
         return y
 
     def _may(self, x: torch.Tensor, given: dict[str, Any]) -> bool:
@@ -132,25 +131,23 @@ class OneToken:
     def _try(self, ready: _Ready, x: torch.Tensor, angles: Any, kept: Any, given: dict[str, Any]) -> torch.Tensor:
         """Both ways, the native one on copies; the layer's own answer is returned."""
         position = kept.keys.shape[2]
-        keys, values = (_grown(tensor, position + 1) for tensor in (kept.keys, kept.values))
-        fast = self._run(ready, x, angles, keys, values, position)
+        room = _Room(_grown(kept.keys, position + 1), _grown(kept.values, position + 1), position)
+        fast = self._run(ready, x, angles, room)
         slow = self._slow(x, **given)
-        pairs = ((fast - x, slow - x), (keys, kept.keys), (values, kept.values))
+        pairs = ((fast - x, slow - x), (room.keys, kept.keys), (room.values, kept.values))
         if bool(slow.isfinite().all()):  # else the question stays open
             self._trusted = all(_alike(a, b) for a, b in pairs)
         return slow
 
-    def _run(
-        self, ready: _Ready, x: torch.Tensor, angles: Any, keys: torch.Tensor, values: torch.Tensor, position: int
-    ) -> torch.Tensor:
+    def _run(self, ready: _Ready, x: torch.Tensor, angles: Any, room: _Room) -> torch.Tensor:
         cosines, sines = angles
         y, tokens = torch.empty_like(x), ready.tokens
         ready.y = y
         tokens.x, tokens.y, tokens.count = x.data_ptr(), y.data_ptr(), x.shape[0]
         tokens.cosines, tokens.sines = cosines.data_ptr(), sines.data_ptr()
         tokens.rotary, tokens.rotary_stride = cosines.shape[-1], cosines.stride(0) if cosines.shape[0] > 1 else 0
-        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
-        tokens.capacity, tokens.position = keys.shape[2], position
+        tokens.keys, tokens.values = room.keys.data_ptr(), room.values.data_ptr()
+        tokens.capacity, tokens.position = room.keys.shape[2], room.filled
         if native.step(ready.layer, tokens, torch.get_num_threads()):
             raise next(errors.pop() for errors in ready.failed if errors)
         return y
@@ -287,18 +284,39 @@ def _fit(cosines: torch.Tensor, sines: torch.Tensor, x: torch.Tensor) -> bool:
     return cosines.dtype == sines.dtype == x.dtype and cosines.is_contiguous() and sines.is_contiguous()
 
 
-def _with_room(kept: Any, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The buffers behind a cache layer's keys and values, with room for one position more."""
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = getattr(kept, "_autotune_buffers", None)
-    if buffers is None or not _is_view(kept, buffers) or filled == buffers[0].shape[2]:
+def _with_room(kept: Any) -> _Room:
+    """The buffers behind a cache layer's keys and values, with room for one position more.
+
+    They serve only as long as the cache holds the very views that were put there: after anything else (it was cropped,
+    reordered, copied, grown by transformers) they are made anew from what it holds.
+    """
+    room: _Room | None = getattr(kept, "_autotune_room", None)
+    if room is None or kept.keys is not room.shown_keys or kept.values is not room.shown_values or room.full:
+        filled = kept.keys.shape[2]
         capacity = filled + max(_ROOM, filled // 2)
-        buffers = kept._autotune_buffers = (_grown(kept.keys, capacity), _grown(kept.values, capacity))
-    return buffers
+        room = kept._autotune_room = _Room(_grown(kept.keys, capacity), _grown(kept.values, capacity), filled)
+    return room
 
 
-def _is_view(kept: Any, buffers: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    pairs = ((kept.keys, buffers[0]), (kept.values, buffers[1]))
-    return all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape[0] == b.shape[0] for a, b in pairs)
+@dataclass
+class _Room:
+    """Keys and values (sequences, key heads, capacity, width) of a cache layer, `filled` so far, and what it shows."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    filled: int
+    shown_keys: torch.Tensor | None = None
+    shown_values: torch.Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        return self.filled == self.keys.shape[2]
+
+    def show(self, kept: Any) -> None:
+        """One position more was filled."""
+        self.filled += 1
+        kept.keys = self.shown_keys = self.keys.narrow(2, 0, self.filled)
+        kept.values = self.shown_values = self.values.narrow(2, 0, self.filled)
 
 
 def _grown(tensor: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -46,7 +46,17 @@ def _state(spec: KernelSpec, target: Target) -> str:
         load(spec)
     except ImportError as error:
         return f"cannot be loaded: {error}"
-    return "runs"
+    return "runs" + _machine_code(spec, target)
+
+
+def _machine_code(spec: KernelSpec, target: Target) -> str:
+    """Whether tensor cores are active, from the assembly of a Triton kernel's widest product for this device."""
+    if "triton" not in spec.limits.features or target.compute_capability is None:
+        return ""
+    from autotune.kernels.triton import compiled
+
+    products = [variant for variant in compiled.variants(spec) if variant.tensor_cores]
+    return f": {compiled.inspect(products[-1], target.compute_capability)}"
 
 
 def _version(name: str) -> str:

@@ -20,7 +20,7 @@ FLOORS = {
     "score_length": (128, 64),
     "search_tokens": (2_048, 256),
     "certify_tokens": (20_000, 1_000),
-    "trials": (8, 1),
+    "trials": (6, 1),
     "finalists": (2, 1),
 }
 

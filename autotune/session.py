@@ -133,12 +133,13 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
 
 
 def resolve_target(name: str) -> tuple[Target, bool]:
-    """A profile by name or file, or this machine ("auto") with ceilings measured once and remembered."""
-    if name != "auto":
+    """A profile by name or file, or this machine ("auto", or "cpu" beside an accelerator) with ceilings measured once
+    and remembered."""
+    if name not in ("auto", "cpu"):
         return target.load(name), False
     memo = Memo(user_folder() / "measurements.sqlite")
     try:
-        return probe(detect.detect(), memo), True
+        return probe(detect.detect() if name == "auto" else detect.detect_cpu(), memo), True
     finally:
         memo.close()
 

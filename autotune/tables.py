@@ -13,7 +13,7 @@ from autotune.kernels.spec import KERNELS, kernel_hash
 from autotune.latency_model import Calibration, fit
 from autotune.latency_model import calibrate as calibrate_model
 from autotune.models import Models
-from autotune.profilers import latency
+from autotune.profilers import latency, measured
 from autotune.profilers.latency import LatencyTable
 from autotune.profilers.prune import prune
 from autotune.profilers.table import Choice
@@ -21,7 +21,7 @@ from autotune.score import LossRow, LossTable, score
 from autotune.search_space import space as space_module
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
-from autotune.store import Memo, user_folder, write_text
+from autotune.store import Memo, file_digest, user_folder, write_text
 from autotune.verify import FORMAT, EndToEnd
 
 
@@ -37,7 +37,8 @@ def profile(session: Session, space: SearchSpace) -> LatencyTable:
 
     def compute() -> LatencyTable:
         if not session.local:
-            return latency.estimate(session.spec, space, session.target, session.workload, KERNELS)
+            estimates = latency.estimate(session.spec, space, session.target, session.workload, KERNELS)
+            return measured.fill(estimates, session.target)
         memo = Memo(user_folder() / "measurements.sqlite")
         try:
             progress = session.progress("profile")
@@ -59,7 +60,8 @@ def _profile_inputs(session: Session, space: SearchSpace) -> list[Any]:
     hashes = {spec.name: kernel_hash(spec) for spec in KERNELS if spec.device == session.target.device}
     shapes = [[g.name, [m.out_features for m in g.members], g.in_features, g.bias] for g in session.spec.groups]
     target = session.target.to_json() | {"ceilings": None}  # measured ceilings vary and do not enter measured rows
-    return [shapes, session.spec.dtype, target, str(session.workload), usable, hashes]
+    elsewhere = [] if session.local else [file_digest(path) for path in measured.files()]
+    return [shapes, session.spec.dtype, target, str(session.workload), usable, hashes, *elsewhere]
 
 
 def prune_space(session: Session, space: SearchSpace, table: LatencyTable) -> SearchSpace:

@@ -16,7 +16,8 @@ import numpy as np
 from autotune.search_space.workload import Workload
 from autotune.switchable import SwitchableModel
 
-DECODE_STEPS = 16  # timed steps a round; a workload's generated tokens are this step's time multiplied
+# Timed steps a round, fewer where rounds take long; a workload's generated tokens are the median step's time multiplied.
+DECODE_STEPS, FEWER_STEPS = 16, 8
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 FORMAT = "rounds by phase, native layers"  # of what `to_json` writes; stages that store it depend on it
 
@@ -100,25 +101,27 @@ def measure(
     start = time.perf_counter()
     for name in names:  # warm-up: code paths, packed weights, clocks
         model.select(configurations[name])
-        _requests(model, workload)
-    rounds = int(np.clip(seconds / (time.perf_counter() - start), MIN_ROUNDS, MAX_ROUNDS))
+        _requests(model, workload, DECODE_STEPS)
+    round_s = time.perf_counter() - start
+    steps = DECODE_STEPS if MIN_ROUNDS * round_s <= seconds else FEWER_STEPS
+    rounds = int(np.clip(seconds / round_s, MIN_ROUNDS, MAX_ROUNDS))
     samples: dict[str, list[dict[tuple[int, str], float]]] = {name: [] for name in names}
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             model.select(configurations[name])
-            samples[name].append(_requests(model, workload))
+            samples[name].append(_requests(model, workload, steps))
         if progress:
             progress(number + 1, rounds)
     runs = tuple(_run(name, samples[name], workload) for name in names)
     return EndToEnd(runs, _noise(runs))
 
 
-def _requests(model: SwitchableModel, workload: Workload) -> dict[tuple[int, str], float]:
-    """(request index, phase) -> seconds, one sample each."""
+def _requests(model: SwitchableModel, workload: Workload, steps: int) -> dict[tuple[int, str], float]:
+    """(request index, phase) -> seconds, one sample each; of at most so many decode steps."""
     times = {}
     for index, request in enumerate(workload.requests):
-        prefill, decode = model.time_request(request.batch, request.prompt, min(request.generated, DECODE_STEPS))
+        prefill, decode = model.time_request(request.batch, request.prompt, min(request.generated, steps))
         times[index, "prefill"], times[index, "decode"] = prefill, decode
     return times
 

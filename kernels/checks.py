@@ -1,10 +1,10 @@
 """The numerics gate: a kernel's time counts only after its output, on the very shape timed, matches the reference.
 
-The reference is summed in float64, for up to eight rows and every output. What is compared is |y - reference| over
-max(|reference|, magnitude of the row): its largest value, and its RMS over the worst row. The magnitude is the RMS of
-the reference's row, or |x| |W| / sqrt(in out) where few outputs happen to cancel. Tolerances allow for a few roundings
-of the output to bf16, or for fp32 sums. A kernel that quantizes activations may round a tie the other way than the
-reference: one code step of one input, times the largest weight of that output, is forgiven.
+The reference is summed in float64, on the kernel's device, for up to eight rows and every output. What is compared is
+|y - reference| over max(|reference|, magnitude of the row): its largest value, and its RMS over the worst row. The
+magnitude is the RMS of the reference's row, or |x| |W| / sqrt(in out) where few outputs happen to cancel. Tolerances
+allow for a few roundings of the output to bf16, or for fp32 sums. A kernel that quantizes activations may round a tie
+the other way than the reference: one code step of one input, times the largest weight of that output, is forgiven.
 
 Against luck: a decoy input runs first (catches a stale output), memory is filled with NaN before each run (catches
 outputs that are not written), and the input runs twice. What it is not: proof for inputs unlike the normal ones drawn.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,7 +55,7 @@ def gate(
     outputs = [_output(kernel, packed, x, where, chosen) for _ in range(2)]
     if not torch.equal(x, original):
         raise _wrong(where, "it changed its input")
-    raw, judged = _compare(weight, x[chosen].cpu(), outputs)
+    raw, judged = _compare(weight, x[chosen.to(device)], outputs)
     largest, rms = _TOLERANCES[packed.dtype]
     rms *= 1.0 + 4.0 / packed.out_features**0.5  # the RMS of a few outputs scatters
     if judged.max_relative_error > largest or judged.rms_error > rms:
@@ -73,7 +73,7 @@ def _rows_compared(rows: int) -> torch.Tensor:
 
 
 def _output(kernel: KernelModule, packed: Packed, x: torch.Tensor, where: str, chosen: torch.Tensor) -> torch.Tensor:
-    """The chosen rows of the output, copied to the CPU: a kernel may reuse its buffer."""
+    """The chosen rows of the output, copied: a kernel may reuse its buffer."""
     expected = (x.shape[0], packed.out_features)
     poison_scratch()
     torch.full(expected, float("nan"), dtype=packed.dtype, device=x.device)  # freed: likely the next output's place
@@ -87,7 +87,7 @@ def _output(kernel: KernelModule, packed: Packed, x: torch.Tensor, where: str, c
         raise _wrong(where, f"returned {tuple(y.shape)} {y.dtype}, not {expected} {packed.dtype}")
     if not bool(torch.isfinite(y).all()):
         raise _wrong(where, "the output holds NaN or infinity")
-    return y[chosen.to(y.device)].cpu()
+    return y[chosen.to(y.device)]
 
 
 @contextmanager
@@ -110,8 +110,8 @@ def _empty_is_nan(device: torch.device) -> Iterator[None]:
 
 
 def _compare(weight: GroupWeight, x: torch.Tensor, outputs: list[torch.Tensor]) -> tuple[GateResult, GateResult]:
-    """The worst of all outputs, as it is and with ties forgiven; x (rows, in) and outputs (rows, out) on the CPU."""
-    pieces = _split(weight, max(1, _CHUNK_WEIGHTS // x.shape[1]))
+    """The worst of all outputs, as it is and with ties forgiven; x (rows, in) and outputs (rows, out)."""
+    pieces = _split(_at(weight, x.device), max(1, _CHUNK_WEIGHTS // x.shape[1]))
     expected = torch.cat([reference_linear(piece, x, torch.float64) for piece in pieces], 1)  # (rows, out)
     error = torch.stack([(y.double() - expected).abs() for y in outputs]).amax(0)
     forgiven = (error - _tie_slack(pieces, x)).clamp_min_(0.0)
@@ -131,26 +131,32 @@ def _tie_slack(pieces: list[GroupWeight], x: torch.Tensor) -> torch.Tensor:
     """(rows, out): what one activation code, moved by one step, can change; 0 where activations are not quantized."""
     activation = scheme(pieces[0].scheme).activation
     if activation is None or activation.kind != "int":
-        return torch.zeros(1, 1, dtype=torch.float64)
+        return torch.zeros(1, 1, dtype=torch.float64, device=x.device)
     _, scales = activation_codes(x, activation)  # (rows, 1)
     largest = torch.cat([dequantize(piece).abs().amax(1) for piece in pieces])  # (out,)
     return scales.double() * largest.double()
 
 
+def _at(weight: GroupWeight, device: torch.device) -> GroupWeight:
+    moved = {name: getattr(weight, name) for name in ("dense", "codes", "scales", "bias", "zeros")}
+    parts = {name: tensor.to(device) for name, tensor in moved.items() if tensor is not None}
+    return replace(weight, **parts)
+
+
 def _split(weight: GroupWeight, outputs: int) -> list[GroupWeight]:
     """The same weight in pieces of at most so many outputs."""
     if weight.dense is not None:
-        denses = weight.dense.cpu().split(outputs)
+        denses = weight.dense.split(outputs)
         biases = _optional_split(weight.bias, outputs, len(denses))
         return [GroupWeight(weight.scheme, dense=d, bias=b) for d, b in zip(denses, biases, strict=True)]
-    codes, scales = (part.cpu().split(outputs) for part in canonical(weight))
+    codes, scales = (part.split(outputs) for part in canonical(weight))
     biases, zeros = (_optional_split(part, outputs, len(codes)) for part in (weight.bias, weight.zeros))
     parts = zip(codes, scales, biases, zeros, strict=True)
     return [GroupWeight(weight.scheme, codes=c, scales=s, bias=b, zeros=z) for c, s, b, z in parts]
 
 
 def _optional_split(part: torch.Tensor | None, outputs: int, pieces: int) -> list[torch.Tensor | None]:
-    return [None] * pieces if part is None else list(part.cpu().split(outputs))
+    return [None] * pieces if part is None else list(part.split(outputs))
 
 
 def _wrong(where: str, what: str) -> DeviceError:

@@ -66,8 +66,11 @@ _INT4_A8 = ("w4a8-int4-g32", "w4a8-int4-g64", "w4a8-int4-g128")
 _SPARSE_INT4_A8 = ("2:4+w4a8-int4-g64", "2:4+w4a8-int4-g128")
 _TORCH = "autotune.kernels.torch."
 _CPU = "autotune.kernels.cpu."
+_TRITON = "autotune.kernels.triton."
 _FLOATS = ("bf16", "fp32")
 _NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the best instructions that the CPU has
+_TRITON_LIMITS = Limits(16, 8, ("triton",), min_compute_capability=8.0)
+_TRITON_SPARSE = Limits(32, 8, ("triton",), min_compute_capability=8.0)  # words of eight quads; no sparse tensor cores
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
 
 # Everything but the models' own numbers.
@@ -107,6 +110,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
+    KernelSpec("cuda.fp32", ("fp32",), "cuda", ("fp32",), _TORCH + "cuda_dense", compute_format="fp32"),
     KernelSpec(
         "cuda.fp8",
         ("w8a8-fp8",),
@@ -115,6 +119,16 @@ KERNELS: tuple[KernelSpec, ...] = (
         _TORCH + "cuda_fp8",
         Limits(16, 16, ("fp8",), min_compute_capability=8.9),
         compute_format="fp8",
+    ),
+    KernelSpec(
+        "cuda.fp8.fast",
+        ("w8a8-fp8",),
+        "cuda",
+        ("bf16",),
+        _TORCH + "cuda_fp8_fast",
+        Limits(16, 16, ("fp8",), min_compute_capability=8.9),
+        compute_format="fp8",
+        notes="short sums: left out wherever the gate refuses them",
     ),
     KernelSpec(
         "cuda.int8",
@@ -164,6 +178,22 @@ KERNELS: tuple[KernelSpec, ...] = (
         notes="tinygemm: slow for more than a few rows",
     ),
     KernelSpec("torch.cpu.unpack", _ANY, "cpu", _FLOATS, _TORCH + "unpack", memory_only=True),
+    KernelSpec(
+        "triton.w8a8",
+        ("w8a8-int8",),
+        "cuda",
+        ("bf16",),
+        _TRITON + "w8a8",
+        Limits(16, 8, ("triton",), min_compute_capability=8.0),
+        compute_format="int8",
+    ),
+    KernelSpec("triton.w8a16", ("w8a16-int8",), "cuda", ("bf16",), _TRITON + "w8a16", _TRITON_LIMITS),
+    KernelSpec("triton.w4a16", _INT4, "cuda", ("bf16",), _TRITON + "w4a16", _TRITON_LIMITS),
+    KernelSpec("triton.24.bf16", ("2:4",), "cuda", ("bf16",), _TRITON + "sparse24", _TRITON_SPARSE),
+    KernelSpec("triton.24.w8a16", ("2:4+w8a16-int8",), "cuda", ("bf16",), _TRITON + "sparse24", _TRITON_SPARSE),
+    KernelSpec(
+        "triton.24.w4a16", ("2:4+w4a16-int4-g128",), "cuda", ("bf16",), _TRITON + "sparse24_int4", _TRITON_SPARSE
+    ),
 )
 
 
@@ -184,7 +214,8 @@ def kernel_hash(spec: KernelSpec) -> str:
     module = _source(spec.module)
     native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
     reference = [_source(f"autotune.kernels.{name}") for name in ("reference", "formats")]
-    files = [module, *reference, *(path for path in native if path.is_file())]
+    shared = sorted(module.parent.glob("*.py")) if spec.device == "cuda" else []  # quantizing and rescaling are there
+    files = [module, *reference, *shared, *(path for path in native if path.is_file())]
     return digest([spec.name, *map(file_digest, files), version("torch")])
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotune.profilers import cuda_environment
 from autotune.store import digest
 from autotune.targets import detect
 
@@ -28,11 +29,12 @@ _BUSY_FRACTION = 0.10
 _STEAL_FRACTION = 0.02
 
 
-def fingerprint(threads: int, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+def fingerprint(threads: int, env: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, Any]:
     """What decides how fast a kernel runs here, with `env` set on top of our environment."""
     target = detect.detect_cpu()
     torch_version, onednn_version = _torch_versions()
     return {
+        **({"cuda": cuda_environment.fingerprint()} if device == "cuda" else {}),
         "cpu": target.model,
         "features": list(target.features),
         "caches": target.caches,

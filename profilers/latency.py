@@ -10,6 +10,7 @@ Sums over a model are not made here: see `LatencyTable.best` and the fit of the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,9 +68,9 @@ def profile(
     here = needed(spec, space, target, workload, kernels, "runs")
     if not here:
         return estimate(spec, space, target, workload, kernels)
-    threads = threads or target.cores
+    threads = threads or host_threads(target)
     env = environment.child_env(threads)
-    print_hash = environment.short_hash(environment.fingerprint(threads, env))
+    print_hash = environment.short_hash(environment.fingerprint(threads, env, target.device))
     ledger = _Ledger(memo, print_hash, protocol, attempts)
     rows = {job: row for job in here if (row := ledger.recall(job)) is not None}
     todo = [job for job in here if job not in rows]
@@ -83,6 +84,21 @@ def profile(
     elsewhere = needed(spec, space, target, workload, kernels, "estimated")
     estimated = [roofline.estimate(job, target.ceilings) for job in elsewhere]
     return LatencyTable(target.name, print_hash, (*(rows[job] for job in here), *estimated))
+
+
+def time_jobs(
+    jobs: Sequence[Job], target: Target, protocol: Protocol = DEFAULT, step_timeout_s: float = STEP_TIMEOUT_S
+) -> Iterator[tuple[Job, LatencyRow]]:
+    """Measure jobs on this machine and remember nothing; rows come as they are done, those of one shape together."""
+    threads = host_threads(target)
+    run = _Run(target, threads, environment.child_env(threads), protocol, step_timeout_s)
+    for job, row, _ in run.measure(jobs):
+        yield job, row
+
+
+def host_threads(target: Target) -> int:
+    """Threads of a measuring process: one a core; beside a CUDA device torch's host side needs few."""
+    return target.cores if target.device == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def estimate(

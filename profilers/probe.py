@@ -1,4 +1,6 @@
-"""Measured ceilings of this CPU: how fast it can read, multiply and be called. About five seconds, in a child.
+"""Measured ceilings of this machine: how fast it can read, multiply and be called. A few seconds, in a child.
+
+On CUDA devices see `cuda_probe`; on CPUs:
 
 - Read bandwidth over the working set, 256 KiB to four last caches: reductions that only read (minimum of bytes, of
   32-bit floats and of 64-bit integers), the fastest of them, the cost of the call itself taken off. The curve is made
@@ -38,14 +40,15 @@ def probe(target: Target, memo: Memo, threads: int | None = None) -> Target:
 
     Of a busy machine they are marked `busy` and not kept: the next call measures again.
     """
-    threads = threads or target.cores
+    threads = threads or (target.cores if target.device == "cpu" else 1)
     env = environment.child_env(threads)
-    key = f"probe/{digest([PROBE_VERSION, environment.fingerprint(threads, env)])}"
+    key = f"probe/{digest([PROBE_VERSION, environment.fingerprint(threads, env, target.device)])}"
     value = memo.get(key)
     if value is None:
         sizes = working_sets(target.last_cache_bytes, target.memory_bytes)
         busy = environment.load().busy
-        value = call("autotune.profilers.probe:measure", {"sizes": sizes, "threads": threads}, _TIMEOUT_S, env)
+        measuring = "cuda_probe:measure" if target.device == "cuda" else "probe:measure"
+        value = call(f"autotune.profilers.{measuring}", {"sizes": sizes, "threads": threads}, _TIMEOUT_S, env)
         value["busy"] = busy or environment.load().busy
         if not value["busy"]:
             memo.put(key, value)

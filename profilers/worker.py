@@ -8,13 +8,18 @@ Runs under `isolate`, one shape after another. All kernels of a shape are timed 
 copies of the weights and takes them in turn, so that it meets caches as the model will leave them. Where the model's
 weights fit in the cache, one untimed pass over the copies comes before every sample: the other candidates have used
 that cache in the meantime.
+
+On a CUDA device weights, inputs and the gate's reference are made there, a candidate's calls are one CUDA graph (see
+`cuda_timer`), and what was timed passes the gate once more afterwards. After an error that leaves the device unusable
+the child ends with `STICKY_EXIT`, having said whose failure it was; the parent starts another for the rest.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +29,13 @@ from autotune.errors import AutotuneError
 from autotune.kernels.checks import gate
 from autotune.kernels.reference import random_weight
 from autotune.kernels.spec import GroupWeight, KernelModule, Packed, load
-from autotune.profilers import environment
+from autotune.profilers import cuda_timer, environment
 from autotune.profilers.jobs import kernel_from_json
 from autotune.profilers.timer import Call, Protocol, Timing, measure
 from autotune.search_space.coverage import KernelSpec
 
 MAX_COPIES = 4096
+STICKY_EXIT = 87
 _HEARTBEAT_S = 1.0
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Emit = Callable[[dict[str, Any]], None]
@@ -74,6 +80,11 @@ class _Unit:
     dtype: torch.dtype
     candidates: tuple[_Candidate, ...]
 
+    @property
+    def device(self) -> str:
+        """Where it all happens: a unit's kernels are those of one target."""
+        return self.candidates[0].spec.device
+
     @classmethod
     def of(cls, value: dict[str, Any]) -> _Unit:
         by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -98,6 +109,7 @@ class _Loaded:
     """A candidate that has passed its checks on `rows`, with the copies it takes in turn."""
 
     candidate: _Candidate
+    weight: GroupWeight
     module: KernelModule
     copies: tuple[Packed, ...]
     turns: Iterator[Packed]
@@ -124,7 +136,7 @@ class _Loaded:
 
 
 def _time_unit(unit: _Unit, emit: Emit, protocol: Protocol, memory_bytes: int) -> None:
-    generator = torch.Generator().manual_seed(protocol.seed)
+    generator = torch.Generator(unit.device).manual_seed(protocol.seed)
     weights: dict[str, GroupWeight] = {}
     ready = []
     for candidate in unit.candidates:
@@ -135,8 +147,9 @@ def _time_unit(unit: _Unit, emit: Emit, protocol: Protocol, memory_bytes: int) -
             share = memory_bytes // len(unit.candidates)
             ready.append(_load(candidate, weights[candidate.scheme], unit, guard, share))
     for rows in sorted({rows for loaded in ready for rows in loaded.rows}):
-        x = torch.randn(rows, unit.in_features, generator=generator).to(unit.dtype)  # (rows, in_features)
-        _time_rows([loaded for loaded in ready if rows in loaded.rows], rows, x, emit, protocol)
+        x = torch.randn(rows, unit.in_features, generator=generator, device=unit.device).to(unit.dtype)
+        timer = _time_rows_on_cuda if unit.device == "cuda" else _time_rows
+        timer([loaded for loaded in ready if rows in loaded.rows], rows, x, emit, protocol)
 
 
 def _weight(scheme: str, unit: _Unit, generator: torch.Generator) -> GroupWeight:
@@ -152,11 +165,15 @@ def _load(candidate: _Candidate, weight: GroupWeight, unit: _Unit, guard: _Guard
     wanted = min(MAX_COPIES, max(1, round(candidate.rotate_bytes / read_bytes))) if passed else 1
     count = max(1, min(wanted, memory_bytes // max(1, first.bytes)))
     note = f"rotated over {count} of {wanted} copies: no more memory" if count < wanted else ""
-    copies = [first]
-    while len(copies) < count:
-        guard.stage("pack", seldom=True)
-        copies.append(module.pack(_clone(weight), unit.dtype))
-    return _Loaded(candidate, module, tuple(copies), itertools.cycle(copies), passed, note)
+    if unit.device == "cuda":
+        guard.stage("pack")
+        copies = cuda_timer.copies_of(first, count)
+    else:
+        copies = (first,)
+        while len(copies) < count:
+            guard.stage("pack", seldom=True)
+            copies = (*copies, module.pack(_clone(weight), unit.dtype))
+    return _Loaded(candidate, weight, module, copies, itertools.cycle(copies), passed, note)
 
 
 def _passes(candidate: _Candidate, weight: GroupWeight, packed: Packed, rows: int, guard: _Guard) -> bool:
@@ -173,32 +190,79 @@ def _clone(weight: GroupWeight) -> GroupWeight:
     return replace(weight, **copies)
 
 
+class _Starting:
+    """Says which candidate is at work, when it changes or a while has passed."""
+
+    def __init__(self, ids: Mapping[str, int], emit: Emit, watch: cuda_timer.Watch | None = None) -> None:
+        self.ids, self.emit, self.watch = ids, emit, watch
+        self.running, self._said = "", 0.0
+
+    def __call__(self, name: str) -> None:
+        if self.watch:
+            self.watch.look()
+        if name != self.running or time.monotonic() - self._said > _HEARTBEAT_S:
+            self.running, self._said = name, time.monotonic()
+            self.emit({"event": "start", "ids": [self.ids[name]], "stage": "time"})
+
+
 def _time_rows(ready: list[_Loaded], rows: int, x: torch.Tensor, emit: Emit, protocol: Protocol) -> None:
     """Time all candidates on one input; one that raises leaves and the others start over."""
     by_name = {loaded.candidate.name: loaded for loaded in ready}
     while by_name:
         calls = {name: loaded.call(x) for name, loaded in by_name.items()}
         before = {name: loaded.refresh(x) for name, loaded in by_name.items() if loaded.candidate.resident}
-        running, said = "", 0.0
-
-        def starting(name: str) -> None:
-            nonlocal running, said
-            if name != running or time.monotonic() - said > _HEARTBEAT_S:
-                running, said = name, time.monotonic()
-                emit({"event": "start", "ids": [by_name[name].candidate.ids[rows]], "stage": "time"})
-
+        starting = _Starting({name: loaded.candidate.ids[rows] for name, loaded in by_name.items()}, emit)
         try:
             timings = measure(calls, protocol, before, starting)
         except Exception as error:  # whatever an untrusted kernel raises is its own failure
-            ids = [by_name.pop(running).candidate.ids[rows]]
-            emit({"event": "failed", "ids": ids, "reason": f"while timed: {_say(error)}"})
+            _failed_while_timed(by_name.pop(starting.running).candidate.ids[rows], emit, error)
             continue
         for name, loaded in by_name.items():
             emit(_row(loaded, rows, timings[name]))
         return
 
 
-def _row(loaded: _Loaded, rows: int, timing: Timing) -> dict[str, Any]:
+def _time_rows_on_cuda(ready: list[_Loaded], rows: int, x: torch.Tensor, emit: Emit, protocol: Protocol) -> None:
+    """The same with a graph for each candidate; what was timed passes the gate again before its time counts."""
+    by_name = {loaded.candidate.name: loaded for loaded in ready}
+    graphs: dict[str, cuda_timer.Graphed] = {}
+    clock, record = cuda_timer.DeviceClock(cuda_timer.event_s), cuda_timer.recorder()
+    while by_name:
+        watch = cuda_timer.Watch()
+        starting = _Starting({name: loaded.candidate.ids[rows] for name, loaded in by_name.items()}, emit, watch)
+        try:
+            for name, loaded in by_name.items():
+                starting(name)
+                if name not in graphs:
+                    each = [loaded.call(x)] * len(loaded.copies)
+                    graphs[name] = cuda_timer.capture(each, cuda_timer.event_s, record)
+            calls = {name: clock.timed(graphs[name]) for name in by_name}
+            before = {name: loaded.refresh(x) for name, loaded in by_name.items() if loaded.candidate.resident}
+            timings = measure(calls, protocol, before, starting, clock)
+        except Exception as error:  # whatever an untrusted kernel raises is its own failure
+            _failed_while_timed(by_name.pop(starting.running).candidate.ids[rows], emit, error)
+            continue
+        for name, loaded in by_name.items():
+            timing = cuda_timer.per_call(timings[name], graphs[name].calls)
+            with _Guard(emit, [loaded.candidate.ids[rows]]) as guard:
+                guard.stage("check")
+                gate(loaded.candidate.spec, loaded.weight, loaded.copies[-1], rows)
+                emit(_row(loaded, rows, timing, str(watch)))
+        return
+
+
+def _failed_while_timed(number: int, emit: Emit, error: Exception) -> None:
+    emit({"event": "failed", "ids": [number], "reason": f"while timed: {_say(error)}"})
+    _leave_if_sticky(error)
+
+
+def _leave_if_sticky(error: BaseException) -> None:
+    """End this process where no later CUDA call can succeed: not even its own clean end would."""
+    if cuda_timer.is_sticky(error):
+        os._exit(STICKY_EXIT)
+
+
+def _row(loaded: _Loaded, rows: int, timing: Timing, state: str = "") -> dict[str, Any]:
     return {
         "event": "row",
         "id": loaded.candidate.ids[rows],
@@ -207,7 +271,7 @@ def _row(loaded: _Loaded, rows: int, timing: Timing) -> dict[str, Any]:
         "noisy": timing.noisy,
         "drift": timing.drift,
         "packed_bytes": loaded.copies[0].bytes,
-        "note": loaded.note,
+        "note": "; ".join(text for text in (loaded.note, state) if text),
     }
 
 
@@ -234,6 +298,7 @@ class _Guard:
         self.failed = True
         stage = {"pack": "while packing", "check": "check failed"}[self.now or "pack"]
         self.emit({"event": "failed", "ids": self.ids, "reason": f"{stage}: {_say(error)}"})
+        _leave_if_sticky(error)
         return True
 
 

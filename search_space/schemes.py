@@ -121,6 +121,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("w8a8-fp8", _FP8, _FP8),
     Scheme("2:4", _BF16, None, "2:4"),
     Scheme("2:4+w8a8-int8", _int(8), _int(8), "2:4"),
+    Scheme("2:4+w8a16-int8", _int(8), None, "2:4"),
     Scheme("2:4+w8a8-fp8", _FP8, _FP8, "2:4"),
     Scheme("2:4+w4a16-int4-g128", _int(4, 128), None, "2:4"),
     Scheme("2:4+w4a8-int4-g64", _int(4, 64), _int(8), "2:4"),

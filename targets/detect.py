@@ -1,8 +1,9 @@
-"""This machine as a Target: what the CPU says about itself, and what of it this process may use.
+"""This machine as a Target: a CUDA device if there is one, else the CPU, and what of it this process may use.
 
-Standard library only. Features are read from the CPU (`/proc/cpuinfo` on Linux, `sysctl` on macOS), never assumed from
-its name. Cores and memory respect affinity and container limits (cgroup v1 and v2). Ceilings are class figures, marked
-`datasheet`, until `profilers.probe` measures them. Bytes of a cache level are those all its instances hold together.
+Standard library only; the CUDA driver is asked through `cuda_driver`. Features are read from the CPU (`/proc/cpuinfo`
+on Linux, `sysctl` on macOS), never assumed from its name. Cores and memory respect affinity and container limits
+(cgroup v1 and v2). Ceilings are class figures, marked `datasheet`, until `profilers.probe` measures them. Bytes of a
+cache level are those all its instances hold together.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from autotune.errors import DeviceError
+from autotune.targets import cuda_driver, target
+from autotune.targets.cuda_driver import CudaDevice
 from autotune.targets.target import Ceilings, Target
 
 ROOT = Path("/")
@@ -85,7 +89,62 @@ def detect(root: Path = ROOT) -> Target:
 
 
 def detect_gpu() -> Target | None:
-    """No accelerator is looked for yet; a profile such as h100.yaml stands in for one."""
+    """The CUDA device of this process with the ceilings of its shipped profile, or of its class; None without one."""
+    device = cuda_driver.first_device()
+    return None if device is None or device.compute_capability < 7.5 else cuda_target(device)
+
+
+def cuda_target(device: CudaDevice) -> Target:
+    known = _profile_of(device)
+    note = f"Found on this machine, driver {device.driver}. Ceilings are those of "
+    return Target(
+        name=cuda_name(device.name),
+        device="cuda",
+        model=device.name,
+        features=(*cuda_features(device.compute_capability), *(("triton",) if find_spec("triton") else ())),
+        cores=device.sms,
+        memory_bytes=device.memory_bytes,
+        last_cache_bytes=device.l2_bytes,
+        ceilings=known.ceilings if known else cuda_ceilings(device),
+        compute_capability=device.compute_capability,
+        notes=note + (f"{known.name}.yaml until measured." if known else "its class until measured."),
+        caches={"L2": device.l2_bytes},
+    )
+
+
+def cuda_name(model: str) -> str:
+    """What a detected CUDA device of this vendor's name is called as a target."""
+    return f"cuda-{_slug(model)}"
+
+
+def cuda_features(capability: float) -> tuple[str, ...]:
+    """What kernels may ask for, by compute capability (CUDA programming guide): bf16 and 2:4 from 8.0, fp8 from 8.9."""
+    from_capability = {"fp16": 7.5, "int8": 7.5, "cuda_graphs": 7.5, "bf16": 8.0, "sparse24": 8.0, "fp8": 8.9}
+    return tuple(name for name, least in from_capability.items() if capability >= least)
+
+
+def cuda_ceilings(device: CudaDevice) -> Ceilings:
+    """What a device of this class does by its clocks, buses and multiprocessors; a stand-in until measured."""
+    capability = device.compute_capability
+    # Dense bf16 (fp16 before 8.0) operations a cycle and multiprocessor, from NVIDIA's architecture papers.
+    dense = {7: 1024, 8: 2048, 9: 4096, 10: 8192, 12: 1024}.get(int(capability), 1024)
+    if capability in (8.6, 8.7, 8.9):
+        dense = 1024
+    clock = (device.sm_mhz or 1500) * 1e-6 * device.sms  # a rate of one operation a cycle, in tera-operations/s
+    rates = {"fp32": 256 * clock, "fp16": dense * clock, "bf16": dense * clock, "int8": 2 * dense * clock}
+    if capability >= 8.9:
+        rates["fp8"] = 2 * dense * clock
+    memory = 2 * device.memory_mhz * device.bus_bits / 8e3 or 300.0  # GB/s; two transfers a clock
+    l2 = max(device.l2_bytes, 2**20)
+    return Ceilings(((l2 // 2, 1.5 * memory), (4 * l2, memory)), rates, launch_us=5.0)
+
+
+def _profile_of(device: CudaDevice) -> Target | None:
+    """The shipped profile whose vendor's name is this one's."""
+    for name in target.names():
+        item = target.load(name)
+        if item.device == "cuda" and item.model == device.name:
+            return item
     return None
 
 

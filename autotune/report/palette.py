@@ -30,6 +30,7 @@ COLOURS: dict[str, str] = {
     "w8a8-fp8": "#1b9e88",
     "2:4": "#c0a5dd",
     "2:4+w8a8-int8": "#6f4fa5",
+    "2:4+w8a16-int8": "#e6dcf2",
     "2:4+w8a8-fp8": "#d772b2",
     "2:4+w4a16-int4-g128": "#7a1f4b",
     "2:4+w4a8-int4-g64": "#9a86b8",

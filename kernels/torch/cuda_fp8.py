@@ -1,17 +1,16 @@
 """fp8 e4m3 weights and activations, a scale per token and per output channel: `torch._scaled_mm` (CUDA, cc 8.9 up).
 
 Row-wise scaling: mat1 row-major (rows, in), mat2 column-major (in, out), scale_a (rows, 1), scale_b (1, out), fp32.
-Not yet run on a card.
+Sums are kept in fp32 throughout; `cuda_fp8_fast` lets the tensor cores keep some shorter. Not yet run on a card.
 """
 
 from __future__ import annotations
 
 import torch
 
-from autotune.kernels.reference import SMALLEST_AMAX, canonical
+from autotune.kernels.reference import canonical
 from autotune.kernels.spec import GroupWeight, Packed
-
-_LARGEST = 448.0
+from autotune.kernels.torch.cuda_activations import FP8, quantize
 
 
 def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
@@ -25,13 +24,12 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    return multiply(packed, x, fast=False)
+
+
+def multiply(packed: Packed, x: torch.Tensor, fast: bool) -> torch.Tensor:
     columns, channel_scales, bias = packed.data
-    codes, scales = quantize(x)
-    return torch._scaled_mm(codes, columns, scales, channel_scales, bias=bias, out_dtype=packed.dtype)
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 codes (rows, in) and fp32 scales (rows, 1)."""
-    scales = x.abs().amax(1, keepdim=True).float().clamp_(min=SMALLEST_AMAX).div_(_LARGEST)
-    codes = x.div(scales).clamp_(-_LARGEST, _LARGEST)
-    return codes.to(torch.float8_e4m3fn), scales
+    codes, scales = quantize(x, FP8)
+    return torch._scaled_mm(
+        codes, columns, scales, channel_scales, bias=bias, out_dtype=packed.dtype, use_fast_accum=fast
+    )

@@ -11,7 +11,7 @@ import torch
 from autotune.kernels.reference import canonical
 from autotune.kernels.spec import GroupWeight, Packed
 
-_INNER_K_TILES = 2  # the smallest: inputs must be a multiple of 16 times this
+_INNER_K_TILES = (8, 4, 2)  # tiles of 16 inputs that a thread block takes at a time: as many as divide the inputs
 
 
 def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
@@ -19,7 +19,8 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     out_features, in_features = codes.shape
     device = torch.device("cuda")
     unsigned = (codes.to(device) + 8).to(torch.uint8)
-    nibbles = torch._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], _INNER_K_TILES)
+    tiles = next(count for count in _INNER_K_TILES if in_features % (16 * count) == 0)
+    nibbles = torch._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
     scales_zeros = torch.zeros(scales.shape[1], out_features, 2, dtype=dtype, device=device)
     scales_zeros[..., 0] = scales.T.to(device)
     bias = None if weight.bias is None else weight.bias.to(device, dtype)

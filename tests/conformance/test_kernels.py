@@ -19,10 +19,10 @@ from autotune.kernels.spec import KERNELS, GroupWeight, KernelModule, Packed, ke
 from autotune.search_space.coverage import KernelSpec
 from autotune.search_space.rules import lacking
 from autotune.search_space.schemes import scheme
-from autotune.targets.detect import detect_cpu
+from autotune.targets.detect import detect_cpu, detect_gpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FEATURES = detect_cpu().features
+FEATURES, GPU = detect_cpu().features, detect_gpu()
 ROWS = (1, 2, 3, 7, 16, 17, 33, 130)
 
 
@@ -37,10 +37,14 @@ def one_thread() -> Iterator[None]:
 
 def _missing(spec: KernelSpec) -> str:
     """Why a kernel cannot run here; empty when it can."""
-    if spec.device == "cuda":
-        return "" if torch.cuda.is_available() else "no CUDA device"
-    missing = lacking(spec.limits.features, FEATURES)
-    return f"this CPU lacks {', '.join(missing)}" if missing else ""
+    if spec.device == "cuda" and (GPU is None or not torch.cuda.is_available()):
+        return "no CUDA device"
+    here = FEATURES if spec.device == "cpu" else GPU.features
+    missing = lacking(spec.limits.features, here)
+    if missing:
+        return f"this {spec.device} device lacks {', '.join(missing)}"
+    least = spec.limits.min_compute_capability
+    return f"needs compute capability {least}" if least and GPU and GPU.compute_capability < least else ""
 
 
 def _cases() -> list[object]:
@@ -115,7 +119,7 @@ def test_runs_under_inference_mode_and_after_it(spec):
     dtype = DTYPES[spec.dtypes[0]]
     weight = _weight(spec.schemes[0], 64, 256, dtype)
     packed = load(spec).pack(weight, dtype)
-    x = torch.ones(100, 256, dtype=dtype)
+    x = torch.ones(100, 256, dtype=dtype, device=spec.device)
     with torch.inference_mode():
         inside = load(spec).run(packed, x)
     assert torch.equal(inside, load(spec).run(packed, x))

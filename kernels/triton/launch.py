@@ -1,0 +1,207 @@
+"""What all Triton kernels share: where they run, how a configuration is chosen, the sum over splits of the inputs.
+
+Triton's interpreter (`TRITON_INTERPRET=1`, set before this is imported) runs kernels on CPU tensors; it multiplies bf16
+tiles as if their bits were integers, so `product` widens them there.
+
+A configuration is timed on the first call of a shape and kept for the process. A call that is being captured into a
+CUDA graph cannot time anything and takes the first; the profiler and the runtime call once before they capture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST_FUSED_ROWS = 64  # beyond, weight-only kernels unpack to a scratch matrix and leave the product to cuBLAS
+_REPEATS = 5
+_chosen: dict[tuple[object, ...], int] = {}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of outputs, steps of inputs taken at a time, parts the inputs are split in, and how it is compiled."""
+
+    outputs: int
+    steps: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    rows: int = 16
+
+
+def home() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def pick(key: tuple[object, ...], configs: Sequence[Config], launch: Callable[[Config], object]) -> Config:
+    """The fastest configuration for `key`; those that do not compile or do not fit the device leave."""
+    if len(configs) == 1 or INTERPRETED:
+        return configs[0]
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        times = [_time_s(launch, config) for config in configs]
+        _chosen[key] = min(range(len(times)), key=times.__getitem__)
+    return configs[_chosen[key]]
+
+
+def _time_s(launch: Callable[[Config], object], config: Config) -> float:
+    """The fastest of a few calls; infinite for a configuration that needs more than the device has."""
+    try:
+        launch(config)
+    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+        return float("inf")
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch(config)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end))
+    return best
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile: a power of two from 16 to 64."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
+def tiles_that_fit(configs: Sequence[Config], rows: int, most: int) -> tuple[Config, ...]:
+    """Configurations whose tile of sums is at most so large: beyond, registers spill to memory."""
+    return tuple(config for config in configs if config.outputs * tile_rows(rows) <= most)
+
+
+def splits_that_fit(configs: Sequence[Config], steps: int) -> tuple[Config, ...]:
+    """Configurations whose splits all get work of `steps` steps; the first without a split always fits."""
+    return tuple(config for config in configs if config.splits == 1 or config.splits * config.steps <= steps)
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor, sums: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
+    """sums + a b; WIDE: in fp32, for the interpreter."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee" if WIDE else "tf32")
+
+
+@triton.jit
+def finish_kernel(
+    parts: tl.tensor,  # (splits, rows, outputs) fp32
+    channels: tl.tensor,  # (outputs,) fp32
+    bias: tl.tensor,  # (outputs,)
+    y: tl.tensor,  # (rows, outputs)
+    rows: tl.int32,
+    outputs: tl.int32,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One row's part of the outputs: the sum over splits, times the channel's scale, plus the bias."""
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < outputs
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(parts + (split * rows + row) * outputs + n, inside, 0.0)
+    if SCALED:
+        total *= tl.load(channels + n, inside, 0.0)
+    if BIASED:
+        total += tl.load(bias + n, inside, 0.0).to(tl.float32)
+    tl.store(y + row * outputs + n, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def store_row(
+    sums: tl.tensor,  # (BN,) fp32
+    y: tl.tensor,  # (1, outputs), or parts (splits, 1, outputs) fp32
+    channels: tl.tensor,
+    bias: tl.tensor,
+    n: tl.tensor,
+    outputs: tl.int32,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+) -> None:
+    """One row's sums: finished, or left as this split's part."""
+    inside = n < outputs
+    if SPLITS == 1:
+        if SCALED:
+            sums *= tl.load(channels + n, inside, 0.0)
+        if BIASED:
+            sums += tl.load(bias + n, inside, 0.0).to(tl.float32)
+        tl.store(y + n, sums.to(y.dtype.element_ty), inside)
+    else:
+        tl.store(y + tl.program_id(1) * outputs + n, sums, inside)
+
+
+@triton.jit
+def store_tile(
+    sums: tl.tensor,  # (BM, BN) fp32
+    y: tl.tensor,  # (rows, outputs), or parts (splits, rows, outputs) fp32
+    channels: tl.tensor,
+    bias: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    rows: tl.int32,
+    outputs: tl.int32,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIASED: tl.constexpr,
+) -> None:
+    """The same for a tile of rows."""
+    in_n = n < outputs
+    inside = (m < rows)[:, None] & in_n[None, :]
+    at = m[:, None] * outputs + n[None, :]
+    if SPLITS == 1:
+        if SCALED:
+            sums *= tl.load(channels + n, in_n, 0.0)[None, :]
+        if BIASED:
+            sums += tl.load(bias + n, in_n, 0.0).to(tl.float32)[None, :]
+        tl.store(y + at, sums.to(y.dtype.element_ty), inside)
+    else:
+        tl.store(y + tl.program_id(1) * rows * outputs + at, sums, inside)
+
+
+def finish(parts: torch.Tensor, channels: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """y = parts summed over splits, times channels, plus bias. In fixed order: two runs give the same bits."""
+    splits, rows, outputs = parts.shape
+    block = 256
+    finish_kernel[(rows, triton.cdiv(outputs, block))](
+        parts, parts if channels is None else channels, parts if bias is None else bias, y, rows, outputs,
+        SPLITS=splits, SCALED=channels is not None, BIASED=bias is not None, BLOCK=block,
+    )  # fmt: skip
+
+
+def summed(
+    launch: Callable[[torch.Tensor], object],
+    rows: int,
+    outputs: int,
+    config: Config,
+    channels: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """y (rows, outputs) from a kernel that writes y itself, or its splits' parts that are then added up."""
+    y = torch.empty(rows, outputs, dtype=dtype, device=device)
+    if config.splits == 1:
+        launch(y)
+        return y
+    parts = torch.empty(config.splits, rows, outputs, dtype=torch.float32, device=device)
+    launch(parts)
+    finish(parts, channels, bias, y)
+    return y
+
+
+def held_bytes(*parts: Any) -> int:
+    return sum(part.nbytes for part in parts if part is not None)
