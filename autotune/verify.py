@@ -16,7 +16,7 @@ import numpy as np
 from autotune.search_space.workload import Workload
 from autotune.switchable import SwitchableModel
 
-# Timed steps a round, fewer where rounds take long; a workload's generated tokens are the median step's time multiplied.
+# Timed steps a round, fewer where rounds take long; a workload's generated tokens are the median step multiplied.
 DECODE_STEPS, FEWER_STEPS = 16, 8
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 FORMAT = "rounds by phase, native layers"  # of what `to_json` writes; stages that store it depend on it
