@@ -69,12 +69,18 @@ def test_noise_is_said():
 
 
 def test_a_mix_of_requests_is_weighed():
+    asked = []
+
     class Fixed(Clock):
         def time_request(self, batch, prompt, steps):
-            assert steps == min(verify.DECODE_STEPS, 20 if batch == 1 else 0)
+            asked.append(steps)
+            assert steps in (0, verify.DECODE_STEPS, verify.FEWER_STEPS)
+            assert (steps > 0) == (batch == 1)
             return (1e-3, 2e-3) if batch == 1 else (8e-3, 0.0)
 
     run = measure(Fixed(COST), {"dense": {}}, parse("3*1,8,20+1*2,8,0"), 1e-9).runs[0]
+    warm, timed = asked[0], set(asked[1:]) - {0}
+    assert (warm, timed) == (verify.DECODE_STEPS, {verify.FEWER_STEPS})  # no time at all: every round is too long
     assert run.latency_ms.median == pytest.approx(0.75 * (1 + 20 * 2) + 0.25 * 8)
     assert run.prefill_ms.median == pytest.approx(0.75 * 1 + 0.25 * 8)
     assert run.phases_ms["prefill"] == pytest.approx((0.75 * 1 + 0.25 * 8,) * MIN_ROUNDS)
