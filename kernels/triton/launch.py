@@ -56,7 +56,7 @@ def _time_s(launch: Callable[[Config], object], config: Config) -> float:
     """The fastest of a few calls; infinite for a configuration that needs more than the device has."""
     try:
         launch(config)
-    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+    except (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError):
         return float("inf")
     best = float("inf")
     for _ in range(_REPEATS):
