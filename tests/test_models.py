@@ -90,7 +90,7 @@ def test_a_run_writes_the_sizes_it_resolved_and_says_what_it_reduced(home, tmp_p
         del values[name]
     result = tune(RunConfig.of(**values))
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (written["search_tokens"], written["trials"]) == (2048, 6)
+    assert (written["search_tokens"], written["trials"]) == (1536, 6)
     assert written["score_tokens"] == 200
-    assert "search_tokens 2,048 (of 8,192)" in result.report["data"]["reduced"]
+    assert "search_tokens 1,536 (of 8,192)" in result.report["data"]["reduced"]
     assert result.report["data"]["reduced"] in result.report["warnings"]
