@@ -38,7 +38,6 @@ ONE_ROW = (
     Config(128, 8, 8, warps=4, stages=2),
     Config(256, 4, 16, warps=4, stages=2),
     Config(128, 16, 4, warps=8, stages=2),
-    Config(64, 8, 4, warps=4, stages=2),
     Config(64, 16, warps=8, stages=2),
 )
 FEW_ROWS = (
