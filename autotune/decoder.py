@@ -28,6 +28,7 @@ _ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _MOST_ROWS = 64  # sequences at once; more are a prompt's business
 _SAME = 0.02  # of what the layer adds to its input: roundings differ, and 8-bit activations turn them into steps
+_DTYPES = (torch.bfloat16, torch.float32)
 _ROOM = 256  # positions to grow into, at least
 
 
@@ -64,7 +65,7 @@ class _Ready:
 
     groups: tuple[FusedGroup, ...]
     choices: tuple[Alternative | None, ...]
-    places: tuple[tuple[dict[str, Any], str, Any], ...]  # where the groups' first members are, and these
+    places: tuple[tuple[dict[str, Any], str, Any], ...]  # where groups' first members and norms' weights are, and these
     rows: int
     dtype: torch.dtype
     layer: native.Layer
@@ -75,7 +76,7 @@ class _Ready:
     y: torch.Tensor | None = None  # where the running step writes
 
     def is_current(self) -> bool:
-        """Nobody has put other groups into the layer, or selected other kernels, since."""
+        """Nobody has put other groups or weights into the layer, or selected other kernels, since."""
         for modules, name, member in self.places:
             if modules[name] is not member:
                 return False
@@ -111,7 +112,7 @@ class OneToken:
         if kept is None or angles is None or given.get("attention_mask") is not None or not self._may(x, given):
             return None
         ready = self._prepared(x)
-        if ready is None or not _fit(angles[0], angles[1], x):
+        if ready is None or not (_fit(angles[0], angles[1], x) and _holds(ready.layer, kept, x, angles[0].shape[2])):
             return None
         if self._trusted is None:
             return None if None in ready.choices else self._try(ready, x, angles, kept, given)
@@ -158,7 +159,12 @@ class OneToken:
         if ready is not None and ready.rows >= x.shape[0] and ready.dtype == x.dtype and ready.is_current():
             return ready
         found = _groups(self.layer)
-        if found is None or len(x) > _MOST_ROWS or any(g.choice and g.choice.packed.dtype != x.dtype for g in found):
+        if (
+            found is None
+            or len(x) > _MOST_ROWS
+            or x.dtype not in _DTYPES
+            or any(g.choice and g.choice.packed.dtype != x.dtype for g in found)
+        ):
             return None
         self._ready = _describe(self.layer, found, len(x), x.dtype)
         return self._ready
@@ -209,6 +215,7 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
     }
     choices = tuple(group.choice for group in groups)
     places = tuple((modules, names[0], modules[names[0]]) for modules, names in _members(layer))
+    places += tuple((norm._parameters, "weight", norm.weight) for norm in norms.values() if norm is not None)
     ready = _Ready(groups, choices, places, rows, dtype, native.Layer(), native.Tokens(), room)
     inputs = ("normed", "attended", "normed", "gated")
     outputs = ("projected", None, "projected", "normed")
@@ -282,6 +289,13 @@ def _fit(cosines: torch.Tensor, sines: torch.Tensor, x: torch.Tensor) -> bool:
     if len(shape) != 3 or shape[1] != 1 or shape[0] not in (1, x.shape[0]) or shape != sines.shape:
         return False
     return cosines.dtype == sines.dtype == x.dtype and cosines.is_contiguous() and sines.is_contiguous()
+
+
+def _holds(layer: native.Layer, kept: Any, x: torch.Tensor, rotary: int) -> bool:
+    """The cache is of these sequences and of this layer's heads: the native call asks no more."""
+    sequences, heads, _, width = kept.keys.shape
+    same = kept.keys.dtype == kept.values.dtype == x.dtype and kept.keys.device == kept.values.device == x.device
+    return same and (sequences, heads, width) == (x.shape[0], layer.key_heads, layer.width) and rotary <= width
 
 
 def _with_room(kept: Any) -> _Room:

@@ -307,6 +307,30 @@ def test_a_model_without_packed_weights_can_be_copied():
     assert torch.equal(walk(twin)[0], walk(made)[0])
 
 
+def test_a_cache_of_other_sequences_or_numbers_is_not_touched(calls):
+    made = build()
+    walk(made)
+    with torch.inference_mode():
+        _, cache = walk(made, tokens=2)
+        calls.clear()
+        with pytest.raises(RuntimeError):  # transformers' own refusal: nothing was written past the cache's end
+            made(torch.full((3, 1), 5), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        with pytest.raises(RuntimeError):
+            made(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    assert calls == []
+
+
+def test_new_norm_weights_are_seen():
+    made, plain = build(), build(quick=False)
+    walk(made)
+    for model in (made, plain):
+        norm = model.model.layers[0].post_attention_layernorm
+        norm.weight = torch.nn.Parameter(norm.weight * 3, requires_grad=False)
+    assert close(walk(made)[0], walk(plain)[0], 2e-5)
+
+
 def test_training_and_gradients_go_the_usual_way(calls):
     made = build()
     walk(made)
