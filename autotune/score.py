@@ -128,8 +128,8 @@ def one_at_a_time(
 class _Tap:
     """What one document leaves behind, in the dtype of the model's weights."""
 
-    inputs: dict[str, torch.Tensor]  # group -> (tokens, in_features)
-    gradients: dict[str, list[torch.Tensor]]  # group -> one (tokens, out_features) a draw
+    inputs: dict[str, torch.Tensor]  # part of a group -> (tokens, in_features); absent: an expert that got no token
+    gradients: dict[str, list[torch.Tensor]]  # the same -> one (tokens, out_features) a draw
 
     @property
     def bytes(self) -> int:
@@ -138,12 +138,13 @@ class _Tap:
 
 
 class _Taps:
-    """While active, keeps each group's input and its members' outputs of the last forward pass."""
+    """While active, keeps the input of each group (of each expert, where it has such) and its members' outputs of the
+    last forward pass."""
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model = model
-        self.inputs: dict[str, torch.Tensor] = {}  # group -> (tokens, in_features)
-        self.outputs: dict[str, list[torch.Tensor]] = {}  # group -> members' outputs, kept for autograd
+        self.inputs: dict[str, torch.Tensor] = {}  # part of a group -> (tokens, in_features)
+        self.outputs: dict[str, list[torch.Tensor]] = {}  # the same -> members' outputs, kept for autograd
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Taps:
@@ -151,8 +152,10 @@ class _Taps:
         # Parameters are frozen; the graph starts at the embeddings.
         self._handles.append(embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
         for group in self.model.spec.groups:
+            size = len(group.parts[0].members)
             for index, layer in enumerate(self.model.layers[group.name]):
-                self._handles.append(layer.register_forward_hook(self._record(group.name, index)))
+                record = self._record(group.parts[index // size].name, index % size)
+                self._handles.append(layer.register_forward_hook(record))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,9 +176,9 @@ def _backward(
     model: ReferenceModel, document: torch.Tensor, taps: _Taps, draws: int, generator: torch.Generator
 ) -> tuple[float, _Tap]:
     """(what the document's loss is divided by: scored tokens, or the output's norm; its inputs and gradients)."""
-    gradients: dict[str, list[torch.Tensor]] = {group.name: [] for group in model.spec.groups}
     with torch.enable_grad():
         output = model.model(document.unsqueeze(0))
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in taps.outputs}
         flat = [tensor for name in gradients for tensor in taps.outputs[name]]
         for draw in range(draws):
             objective, weight = _objective(model, output, generator)
@@ -211,27 +214,30 @@ def _sums(
     items = [scheme(name) for name in names]
     stored = {(item.sparsity, item.weight): item.name for item in items}  # schemes with equal weights share a product
     quantized = {item.activation for item in items if item.activation is not None}
-    inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
-    moved = {form: [_moved(x, form) for x in inputs] for form in quantized}
-    draws = len(batch[0].gradients[group.name])
+    draws = len(next(iter(batch[0].gradients.values())))
     sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64) for name in names}
     step = max(1, _PIECE_WEIGHTS[model.dtype] // group.in_features)
-    for start in range(0, group.out_features, step):
-        rows = slice(start, start + step)
-        changes = {key: model.change(group, name, rows).view(-1) for key, name in stored.items()}
-        dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0)
-        for number, tap in enumerate(batch):
-            gradients = [gradient[:, rows] for gradient in tap.gradients[group.name]]  # each (tokens, rows)
-            plain = _products(gradients, inputs[number])  # (draws, rows * in)
-            extra = {form: _products(gradients, moved[form][number]) for form in quantized}
-            base = {form: products @ dense for form, products in extra.items()}
-            effects = {key: plain @ change for key, change in changes.items()}  # each (draws,)
-            for item in items:
-                key = item.sparsity, item.weight
-                sums[item.name][number] += effects[key]
-                if item.activation is not None:
-                    form = item.activation
-                    sums[item.name][number] += base[form] + extra[form] @ changes[key]
+    for expert, part in enumerate(group.parts):
+        inputs = {number: tap.inputs[part.name] for number, tap in enumerate(batch) if part.name in tap.inputs}
+        moved = {form: {number: _moved(x, form) for number, x in inputs.items()} for form in quantized}
+        above = group.rows(expert).start
+        for start in range(0, part.out_features if inputs else 0, step):
+            own = slice(start, min(start + step, part.out_features))
+            rows = slice(above + own.start, above + own.stop)
+            changes = {key: model.change(group, name, rows).view(-1) for key, name in stored.items()}
+            dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0)
+            for number, x in inputs.items():
+                gradients = [gradient[:, own] for gradient in batch[number].gradients[part.name]]  # each (tokens, own)
+                plain = _products(gradients, x)  # (draws, own * in)
+                extra = {form: _products(gradients, moved[form][number]) for form in quantized}
+                base = {form: products @ dense for form, products in extra.items()}
+                effects = {key: plain @ change for key, change in changes.items()}  # each (draws,)
+                for item in items:
+                    key = item.sparsity, item.weight
+                    sums[item.name][number] += effects[key]
+                    if item.activation is not None:
+                        form = item.activation
+                        sums[item.name][number] += base[form] + extra[form] @ changes[key]
     return {name: value.square().mean(1).tolist() for name, value in sums.items()}
 
 

@@ -1,12 +1,13 @@
 """What does a compression method cost the model? One method and format everywhere, on held-out documents, paired.
 
-    python benchmarks/compression.py [MODEL] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
+    python benchmarks/compression.py [MODEL ...] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
                                      [--formats int4-g128,2:4,...] [--data FILE] [--json FILE]
 
-MODEL is a folder (default: the demo model). Formats are six by default; any of the product's schemes can be named. All
-layer groups are compressed the same way, from the dense model's inputs on the calibration documents, three quarters of
-which weights are fitted to; the rest of the model stays as it is, and activations are left alone. Losses are measured
-in fp32 on certification documents, against the dense model.
+MODEL is a folder (default: the demo model and the demonstration mixture of experts). Formats are six by default; any of
+the product's schemes can be named. All layer groups are compressed the same way, every expert by itself, from the dense
+model's inputs on the calibration documents, three quarters of which weights are fitted to; the rest of the model stays
+as it is, and activations are left alone. Losses are measured in fp32 on certification documents, against the dense
+model.
 
 joint             this project's: 2:4 mask by ADMM, weights by least squares, one sweep that rounds
 prune-then-gptq   SparseGPT's mask and update, then GPTQ on what is left
@@ -16,15 +17,17 @@ wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
 magnitude         the largest weights, then the same rounding
 
-Written by `--json` (one object):
+Written by `--json` (a list, one object a model):
     model, documents, tokens, calibration_tokens, dense_perplexity    what was measured on
+    hardly_reached      weights of experts that calibration hardly reached, compressed for all tokens of their layer
     rows        one per method and format:
         method, format
         kl_nats, dnll_nats      mean over tokens {mean, low, high}: 95% over documents
         perplexity              of the compressed model
         over_joint              KL of this method minus that of joint, {mean, low, high}, paired by document; null for
                                 joint itself and where joint was not asked for
-        layer_error             mean over groups of the outputs' squared relative error on documents set aside
+        layer_error             mean over groups, and experts, of the outputs' squared relative error on documents set
+                                aside
         seconds                 compressing all groups in this format alone
 """
 
@@ -56,7 +59,8 @@ from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import MORE, SCHEMES, NumberFormat, Scheme
 from autotune.teacher import Teacher
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DEMO, MIXTURE = EXAMPLES / "demo_model", EXAMPLES / "demo_moe"
 FORMATS = {
     "int8": Scheme("int8", NumberFormat("int", 8)),
     "int4-g128": Scheme("int4-g128", NumberFormat("int", 4, 128)),
@@ -71,19 +75,21 @@ ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in _
 
 
 class Stitched:
-    """The dense model, or one whose group weights were replaced; what `Teacher` measures."""
+    """The dense model, or one whose weights were replaced, those of each part of a group (see `LayerGroup.parts`); what
+    `Teacher` measures."""
 
     def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         self.model = model
         self.spec = spec
-        self.dense = {group.name: stacked_weight(model, group) for group in spec.groups}
+        self.parts = [part for group in spec.groups for part in group.parts]
+        self.dense = {part.name: stacked_weight(model, part) for part in self.parts}
         self.weights: dict[str, torch.Tensor] = {}  # of the configuration that is not dense
         self._is_dense = True
 
     def select(self, configuration: Mapping[str, str]) -> None:
         if self._is_dense is not (not configuration):
-            for group in self.spec.groups:
-                self._write(group, (self.weights if configuration else self.dense)[group.name])
+            for part in self.parts:
+                self._write(part, (self.weights if configuration else self.dense)[part.name])
             self._is_dense = not configuration
 
     def _write(self, group: LayerGroup, weight: torch.Tensor) -> None:
@@ -102,12 +108,12 @@ def compressed(
 ) -> tuple[float, float]:
     """Fill `stitched.weights`; returns (mean layer error, seconds)."""
     errors, seconds = [], 0.0
-    for group in stitched.spec.groups:
-        dense, inputs = stitched.dense[group.name], statistics[group.name]
+    for part in stitched.parts:
+        dense, inputs = stitched.dense[part.name], statistics[part.name]
         start = time.perf_counter()
         weight = valued(ALL[method](dense, inputs, [item])[0], item)
         seconds += time.perf_counter() - start
-        stitched.weights[group.name] = weight
+        stitched.weights[part.name] = weight
         errors.append((inputs.output_power(weight - dense) or 0.0) / (inputs.output_power(dense) or 1.0))
     return sum(errors) / len(errors), seconds
 
@@ -137,8 +143,8 @@ def row(
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    opened = open_model(str(arguments.model))
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    opened = open_model(str(folder))
     source = texts.read(arguments.data, load_tokenizer(opened.folder), opened.vocabulary, opened.positions)
     calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
     held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
@@ -163,6 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(map(len, held_out)),
         "calibration_tokens": sum(map(len, calibration)),
         "dense_perplexity": dense,
+        "hardly_reached": sum(bool(item.note) for item in statistics.values()),
         "rows": rows,
     }
 
@@ -178,7 +185,7 @@ def line(item: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", type=Path, default=DEMO, help="a model folder")
+    parser.add_argument("models", nargs="*", type=Path, default=[DEMO, MIXTURE], help="model folders")
     parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens to measure on")
     parser.add_argument("--calibration", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ALL))
@@ -190,11 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     keep_large_blocks()
-    value = measure(arguments)
-    print(f"{value['model']}, {value['documents']}, {value['tokens']:,} held-out tokens", end="")
-    print(f", dense perplexity {value['dense_perplexity']:.3f}")
+    values = []
+    for folder in arguments.models:
+        values.append(value := measure(folder, arguments))
+        print(f"{value['model']}, {value['documents']}, {value['tokens']:,} held-out tokens", end="")
+        print(f", dense perplexity {value['dense_perplexity']:.3f}, {value['hardly_reached']} experts hardly reached")
     if arguments.json:
-        arguments.json.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        arguments.json.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return 0
 
 

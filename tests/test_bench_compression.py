@@ -27,13 +27,27 @@ def bench():
     sys.modules.pop("compression_rivals", None)
 
 
+def test_experts_are_compressed_one_by_one(bench, tmp_path):
+    data = tiny.write_documents(tmp_path / "data.jsonl")
+    folder = tiny.make_model("moe", tmp_path / "model", num_hidden_layers=1)
+    opened = bench.open_model(str(folder))
+    stitched = bench.Stitched(bench.load_model(opened, torch.float32), opened.spec)
+    assert [len(stitched.dense[f"model.layers.0.mlp.experts.down_proj[{n}]"]) for n in range(4)] == [64] * 4
+    arguments = [str(folder), "--data", str(data), "--tokens", "200", "--json", str(tmp_path / "rows.json")]
+    assert bench.main([*arguments, "--methods", "joint,wanda", "--formats", "w4a16-int4-g64"]) == 0
+    [written] = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in written["rows"]] == ["joint", "wanda"]
+    assert 0 < written["rows"][0]["layer_error"] < written["rows"][1]["layer_error"]
+
+
 @pytest.fixture(scope="module")
 def value(bench, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compression")
     data = tiny.write_documents(folder / "data.jsonl")
     arguments = [str(models("llama")), "--data", str(data), "--json", str(folder / "rows.json")]
     assert bench.main([*arguments, "--tokens", "200", "--formats", "int8,2:4,2:4+int8"]) == 0
-    return json.loads((folder / "rows.json").read_text())
+    [written] = json.loads((folder / "rows.json").read_text())
+    return written
 
 
 def test_every_method_is_measured_in_every_format(bench, value):
