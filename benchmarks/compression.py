@@ -1,7 +1,8 @@
 """What does a compression method cost the model? One method and format everywhere, on held-out documents, paired.
 
     python benchmarks/compression.py [MODEL ...] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
-                                     [--formats int4-g128,2:4,...] [--data FILE] [--json FILE]
+                                     [--formats int4-g128,2:4,...] [--keep-head] [--peers auto-round,...]
+                                     [--data FILE] [--json FILE]
 
 MODEL is a folder (default: the demo model and the demonstration mixture of experts). Formats are six by default; any of
 the product's schemes can be named. All layer groups are compressed the same way, every expert by itself, from the dense
@@ -16,6 +17,10 @@ signround         joint's mask and weights, then sign-gradient rounding
 wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
 magnitude         the largest weights, then the same rounding
+
+`--peers` adds other packages where they are installed, each in the formats it has (`compression_peers.py`): auto-round,
+modelopt-sparsegpt, modelopt-awq. They leave the output matrix dense: `--keep-head` does so for all. They get the same
+calibration documents, all of them, and models without experts only.
 
 Written by `--json` (a list, one object a model):
     model, documents, tokens, calibration_tokens, dense_perplexity    what was measured on
@@ -38,11 +43,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from compression_peers import PEERS, missing
 from compression_rivals import RIVALS, valued
 from torch import nn
 
@@ -103,19 +110,39 @@ class Stitched:
         return cast(torch.Tensor, self.model(document.unsqueeze(0)).logits[0])
 
 
+def from_peer(
+    stitched: Stitched, name: str, form: str, model: nn.Module, tokenizer: Any, documents: Sequence[torch.Tensor]
+) -> float:
+    """Fill `stitched.weights` with what another package makes of a model, which it may spoil; returns seconds."""
+    start = time.perf_counter()
+    made = PEERS[name][1][form](model, tokenizer, documents)
+    seconds = time.perf_counter() - start
+    for part in stitched.parts:
+        stitched.weights[part.name] = torch.cat([made[member.module] for member in part.members])
+    return seconds
+
+
+def layer_error(stitched: Stitched, statistics: Mapping[str, InputStatistics]) -> float:
+    errors = []
+    for part in stitched.parts:
+        dense, inputs = stitched.dense[part.name], statistics[part.name]
+        change = stitched.weights[part.name] - dense
+        errors.append((inputs.output_power(change) or 0.0) / (inputs.output_power(dense) or 1.0))
+    return sum(errors) / len(errors)
+
+
 def compressed(
     stitched: Stitched, method: str, item: Scheme, statistics: Mapping[str, InputStatistics]
 ) -> tuple[float, float]:
     """Fill `stitched.weights`; returns (mean layer error, seconds)."""
-    errors, seconds = [], 0.0
+    seconds = 0.0
     for part in stitched.parts:
         dense, inputs = stitched.dense[part.name], statistics[part.name]
         start = time.perf_counter()
         weight = valued(ALL[method](dense, inputs, [item])[0], item)
         seconds += time.perf_counter() - start
         stitched.weights[part.name] = weight
-        errors.append((inputs.output_power(weight - dense) or 0.0) / (inputs.output_power(dense) or 1.0))
-    return sum(errors) / len(errors), seconds
+    return layer_error(stitched, statistics), seconds
 
 
 def interval(values: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
@@ -144,13 +171,14 @@ def row(
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    opened = open_model(str(folder))
-    source = texts.read(arguments.data, load_tokenizer(opened.folder), opened.vocabulary, opened.positions)
+    opened, tokenizer = open_model(str(folder)), load_tokenizer(folder)
+    source = texts.read(arguments.data, tokenizer, opened.vocabulary, opened.positions)
     calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
     held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
     model = load_model(opened, torch.float32)
-    statistics = input_statistics(model, opened.spec.groups, calibration)
-    stitched = Stitched(model, opened.spec)
+    groups = tuple(group for group in opened.spec.groups if not (arguments.keep_head and group.role == "lm_head"))
+    statistics = input_statistics(model, groups, calibration)
+    stitched = Stitched(model, replace(opened.spec, groups=groups))
     teacher = Teacher(cast(ReferenceModel, stitched), held_out, (1.0,))
     dense = teacher.perplexity()
     rows = []
@@ -162,6 +190,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             stitched.select({})
             joint = found if method == "joint" else joint
             rows.append(row(method, name, found, joint, dense, made))
+            print(line(rows[-1]), flush=True)
+        for peer in arguments.peers if all(group.experts == 1 for group in groups) else ():
+            if name not in PEERS[peer][1]:
+                continue
+            copy = load_model(opened, torch.float32)
+            seconds = from_peer(stitched, peer, name, copy, tokenizer, calibration)
+            found = teacher.measure({"all": name})
+            stitched.select({})
+            rows.append(row(peer, name, found, joint, dense, (layer_error(stitched, statistics), seconds)))
             print(line(rows[-1]), flush=True)
     return {
         "model": opened.spec.name,
@@ -190,12 +227,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ALL))
     parser.add_argument("--formats", type=lambda text: text.split(","), default=list(FORMATS))
+    parser.add_argument("--keep-head", action="store_true", help="leave the output matrix dense")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=[], help="other packages")
     parser.add_argument("--data", type=Path, help="text or JSONL; default: the bundled text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY)):
+    if arguments.peers and not arguments.keep_head:
+        parser.error("peers leave the output matrix dense: give --keep-head")
+    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY), (arguments.peers, PEERS)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if absent := {PEERS[name][0] for name in arguments.peers if missing(name)}:
+        parser.error(f"not installed: {', '.join(sorted(absent))} (see compression_peers.py)")
     keep_large_blocks()
     values = []
     for folder in arguments.models:

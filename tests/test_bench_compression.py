@@ -25,6 +25,7 @@ def bench():
     yield module
     sys.path.remove(str(BENCHMARKS))
     sys.modules.pop("compression_rivals", None)
+    sys.modules.pop("compression_peers", None)
 
 
 def test_experts_are_compressed_one_by_one(bench, tmp_path):
@@ -94,6 +95,37 @@ def test_sparsegpt_prunes_better_than_wanda_and_leaves_two_of_four(bench):
     assert torch.equal(kept.view(24, -1, 4).sum(-1), torch.full((24, 32), 2))
     assert not bool(found[~kept].any())
     assert error(weight, found, hessian) < error(weight, weight * wanda.mask_24(weight, hessian.diagonal()), hessian)
+
+
+def test_another_packages_weights_are_judged_by_the_same_code(bench, models, tmp_path, monkeypatch):
+    """A peer that rounds as `wanda` does loses what `wanda` loses."""
+
+    def rounds(model, tokenizer, documents):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        item, method, made = bench.EVERY["int8"], bench.ALL["wanda"], {}
+        for name, module in layers.items():
+            inputs = bench.InputStatistics(torch.ones(module.in_features))
+            made[name] = bench.valued(method(module.weight.detach(), inputs, [item])[0], item)
+        return made
+
+    monkeypatch.setitem(bench.PEERS, "auto-round", ("torch", {"int8": rounds}))
+    data = tiny.write_documents(tmp_path / "data.jsonl")
+    arguments = [str(models("llama")), "--data", str(data), "--tokens", "200", "--json", str(tmp_path / "rows.json")]
+    arguments += ["--formats", "int8", "--methods", "joint,wanda", "--peers", "auto-round", "--keep-head"]
+    assert bench.main(arguments) == 0
+    [written] = json.loads((tmp_path / "rows.json").read_text())
+    joint, wanda, peer = written["rows"]
+    assert [peer["method"], peer["format"]] == ["auto-round", "int8"]
+    assert peer["kl_nats"]["mean"] == pytest.approx(wanda["kl_nats"]["mean"], rel=0.5)
+    assert peer["over_joint"]["mean"] == pytest.approx(peer["kl_nats"]["mean"] - joint["kl_nats"]["mean"])
+
+
+@pytest.mark.parametrize("extra", [["--keep-head"], []])
+def test_peers_that_cannot_be_compared_are_refused(bench, extra, monkeypatch, capsys):
+    monkeypatch.setitem(bench.PEERS, "auto-round", ("no_such_package", {}))
+    with pytest.raises(SystemExit):
+        bench.main(["--peers", "auto-round", *extra])
+    assert ("no_such_package" if extra else "--keep-head") in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(bench, capsys):
