@@ -186,7 +186,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         joint: Evaluation | None = None
         for method in arguments.methods:
             made = compressed(stitched, method, EVERY[name], statistics)
-            found = teacher.measure({"all": name})
+            found = teacher.measure({"all": f"{method} {name}"})  # it remembers what it measured last
             stitched.select({})
             joint = found if method == "joint" else joint
             rows.append(row(method, name, found, joint, dense, made))
@@ -196,7 +196,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             copy = load_model(opened, torch.float32)
             seconds = from_peer(stitched, peer, name, copy, tokenizer, calibration)
-            found = teacher.measure({"all": name})
+            found = teacher.measure({"all": f"{peer} {name}"})
             stitched.select({})
             rows.append(row(peer, name, found, joint, dense, (layer_error(stitched, statistics), seconds)))
             print(line(rows[-1]), flush=True)

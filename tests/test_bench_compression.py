@@ -61,6 +61,8 @@ def test_every_method_is_measured_in_every_format(bench, value):
         expected = value["dense_perplexity"] * math.exp(row["dnll_nats"]["mean"])
         assert row["perplexity"] == pytest.approx(expected)
         assert row["layer_error"] > 0
+    found = {(row["format"], row["method"]): row["kl_nats"]["mean"] for row in value["rows"]}
+    assert len({found["2:4", method] for method in ("joint", "prune-then-gptq", "wanda", "magnitude")}) == 4
 
 
 def test_differences_are_those_of_the_means(value):
