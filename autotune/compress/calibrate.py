@@ -21,7 +21,7 @@ from autotune.search_space.groups import LayerGroup
 
 _CHECK_EVERY = 4
 # An expert hardly reached got fewer tokens than this times its inputs, for a Hessian (docs/measured.md), or for a mean.
-_FEW = {True: 1.0, False: 0.125}
+_FEW = {True: 2.0, False: 0.125}
 _PIECE_WEIGHTS = 2**22
 
 
