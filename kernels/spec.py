@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from autotune.errors import InputError, did_you_mean
+from autotune.kernels.cpu import build
 from autotune.search_space.coverage import KernelSpec, Limits
 from autotune.search_space.schemes import MORE, SCHEMES
 from autotune.store import digest, file_digest
@@ -210,13 +211,17 @@ def kernel(name: str) -> KernelSpec:
 
 
 def kernel_hash(spec: KernelSpec) -> str:
-    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version."""
+    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version.
+
+    Of kernels compiled here: everything beside them, which they share, and what compiles it.
+    """
     module = _source(spec.module)
-    native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
-    reference = [_source(f"autotune.kernels.{name}") for name in ("reference", "formats")]
-    shared = sorted(module.parent.glob("*.py")) if spec.device == "cuda" else []  # quantizing and rescaling are there
-    files = [module, *reference, *shared, *(path for path in native if path.is_file())]
-    return digest([spec.name, *map(file_digest, files), version("torch")])
+    compiled = "cxx" in spec.limits.features
+    used = ("reference", "formats", "packing") if compiled else ("reference", "formats")
+    shared = {".py", ".h", ".cpp"} if compiled else {".py"} if spec.device == "cuda" else set()
+    files = [module, *(_source(f"autotune.kernels.{name}") for name in used)]
+    files += sorted(path for path in module.parent.iterdir() if path.suffix in shared)
+    return digest([spec.name, *map(file_digest, files), *(build.made_by() if compiled else ()), version("torch")])
 
 
 def dense_of(weight: GroupWeight) -> torch.Tensor:
