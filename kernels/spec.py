@@ -73,6 +73,10 @@ _NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the bes
 _TRITON_LIMITS = Limits(16, 8, ("triton",), min_compute_capability=8.0)
 _TRITON_SPARSE = Limits(32, 8, ("triton",), min_compute_capability=8.0)  # words of eight quads; no sparse tensor cores
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
+_AMX = Limits(features=("cxx", "avx512bw", "avx512_vnni", "amx_tile", "amx_int8"))  # few rows are for VNNI there too
+_AMX_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16"))
+
+_UNTRIED = "never run on a CPU with AMX: what the gate refuses there is left out"
 
 # Everything but the models' own numbers.
 _ANY = tuple(item.name for item in (*SCHEMES, *MORE) if not item.is_dense)
@@ -110,6 +114,52 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cpu.24.w8a8", ("2:4+w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec("cpu.amx.bf16", ("bf16",), "cpu", ("bf16",), _CPU + "amx_bf16", _AMX_BF16, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.w8a8",
+        ("w8a8-int8",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec("cpu.amx.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "amx_integer", _AMX, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "amx_integer", _AMX, compute_format="int8", notes=_UNTRIED
+    ),
+    KernelSpec("cpu.amx.w4a16", _INT4, "cpu", _FLOATS, _CPU + "amx_integer", _AMX, notes=_UNTRIED),
+    KernelSpec("cpu.amx.24.bf16", ("2:4",), "cpu", ("bf16",), _CPU + "amx_bf16", _AMX_BF16, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.24.w8a8",
+        ("2:4+w8a8-int8",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec(
+        "cpu.amx.24.w4a8",
+        _SPARSE_INT4_A8,
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec(
+        "cpu.amx.24.w4a16",
+        ("2:4+w4a16-int4-g128",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        notes=_UNTRIED,
+    ),
     KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
     KernelSpec("cuda.fp32", ("fp32",), "cuda", ("fp32",), _TORCH + "cuda_dense", compute_format="fp32"),
     KernelSpec(

@@ -28,7 +28,7 @@ _FORMATS = {("dense", 8): 0, ("dense", 4): 1, ("2:4", 8): 2, ("2:4", 4): 3}
 
 
 class _Linear(ctypes.Structure):
-    """`Linear` of integer.cpp."""
+    """`Linear` of integer.h."""
 
     _fields_ = (
         ("weights", ctypes.c_void_p),

@@ -41,7 +41,7 @@ def _one(name: str, on: tuple[str, str], caught: str, file: str, old: str, new: 
     return Mistake(name, on, caught, ((file, old, new),), **rest)
 
 
-CODE, FORMATS, QUANT, SIMD = "integer.cpp", "formats.h", "activations.h", "simd.h"
+CODE, SUMS, FORMATS, QUANT, SIMD = "integer.cpp", "integer.h", "formats.h", "activations.h", "simd.h"
 MISTAKES = (
     # Scales and groups
     _one(
@@ -53,7 +53,7 @@ MISTAKES = (
         "* groups + (g + 1) % groups) * kLanes",
         in_brief=True,
     ),
-    _one("the first block's scales", W8A8, WRONG, CODE, "load_bf16(a.scales + block * kLanes)", "load_bf16(a.scales)"),
+    _one("the first block's scales", W8A8, WRONG, SUMS, "load_bf16(a.scales + block * kLanes)", "load_bf16(a.scales)"),
     Mistake(
         "sums not reset between groups",
         W4A16,
@@ -82,18 +82,18 @@ MISTAKES = (
         "the second plane of two left out",
         W8A16,
         WRONG,
-        CODE,
+        SUMS,
         "plane == planes - 1 ? 1.0f",
         "plane == planes - 1 ? 0.0f",
         rows=(19,),
         shape=(512, 1024),
     ),
-    _one("planes weighed the other way around", W8A16, WRONG, CODE, "plane == planes - 1 ? 1.0f", "plane == 0 ? 1.0f"),
+    _one("planes weighed the other way around", W8A16, WRONG, SUMS, "plane == planes - 1 ? 1.0f", "plane == 0 ? 1.0f"),
     _one(
         "the last plane of three left out",
         W8A16_FP32,
         WRONG,
-        CODE,
+        SUMS,
         "plane == planes - 1 ? 1.0f",
         "plane == planes - 1 ? 0.0f",
     ),
@@ -102,7 +102,7 @@ MISTAKES = (
         "sums that wrap at 16 bits",
         W8A8,
         WRONG,
-        CODE,
+        SUMS,
         "to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))",
         "to_floats(shift_right_signed<16>(shift_left_int<16>("
         "sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))))",
@@ -111,7 +111,7 @@ MISTAKES = (
         "the offset of the activations left in",
         W8A8,
         WRONG,
-        CODE,
+        SUMS,
         "to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))",
         "to_floats(sums(plane))",
         in_brief=True,
@@ -222,7 +222,7 @@ MISTAKES = (
         "x.codes + token * planes * a.padded",
         "x.codes + token * a.padded",
     ),
-    _one("the first block's bias", W8A8, WRONG, CODE, "load_floats(a.bias + block * kLanes)", "load_floats(a.bias)"),
+    _one("the first block's bias", W8A8, WRONG, SUMS, "load_floats(a.bias + block * kLanes)", "load_floats(a.bias)"),
     _one(
         "a row between two passes not computed",
         W8A16,
