@@ -61,13 +61,17 @@ def cases(module: str | None = None, activations: bool | None = None) -> list[ob
         missing = lacking(spec.limits.features, FEATURES)
         marks = [pytest.mark.skipif(bool(missing), reason=f"this CPU lacks {', '.join(missing)}")]
         for name, dtype in itertools.product(spec.schemes, spec.dtypes):
-            slow = (
-                [pytest.mark.slow] if ".emulated" in spec.name and ("-g64" in name or "w4a8-int4-g128" in name) else []
-            )
+            slow = [pytest.mark.slow] if ".emulated" in spec.name and _seldom(name, dtype) else []
             if module not in (None, short(spec)) or activations not in (None, scheme(name).activation is not None):
                 continue
             found.append(pytest.param(spec, name, DTYPES[dtype], id=f"{spec.name}-{name}-{dtype}", marks=marks + slow))
     return found
+
+
+def _seldom(name: str, dtype: str) -> bool:
+    """Emulated tiles take their time: forms that differ in little but sizes from others are left to `make test-all`."""
+    others = "-g64" in name or "w4a8-int4-g128" in name
+    return others or (dtype == "fp32" and scheme(name).activation is not None and name != "w8a8-int8")
 
 
 def runs_here(module: str, flags: Sequence[str] | None = None) -> bool:
@@ -132,19 +136,32 @@ def assert_close(y: torch.Tensor, made: GroupWeight, x: torch.Tensor) -> None:
 
 def variant(name: str, folder: Path, flags: tuple[str, ...] | None, changes: Iterable[Change] = ()) -> KernelModule:
     """The kernel module `name` from changed copies of its files; flags None: with the library that is there already."""
+    copies = copied(folder, changes)
+    if name.startswith("amx_"):
+        return emulated(name, flags or EMULATED, copies)
+    module = _imported(copies / f"{name}.py")
+    if flags is None:
+        module.build = build
+    else:
+        path = built(copies, name, flags)
+        module.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
+    return module
+
+
+def copied(folder: Path, changes: Iterable[Change] = ()) -> Path:
+    """A folder below this one with the kernels' files, changed."""
     copies = Path(shutil.copytree(build.FOLDER, folder / f"sources{next(_numbers)}", ignore=_not_sources))
     for file, old, new in changes:
         text = (copies / file).read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{file} does not hold once: {old}"
         (copies / file).write_text(text.replace(old, new), encoding="utf-8")
-    module = _imported(copies / f"{name}.py")
-    if flags is None:
-        module.build = build
-    else:
-        with patch.object(build, "FOLDER", copies):
-            path = build.build(name, flags)
-        module.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
-    return module
+    return copies
+
+
+def built(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
+    """The library of NAME.cpp in a folder of sources."""
+    with patch.object(build, "FOLDER", folder):
+        return build.build(name, flags)
 
 
 @cache
@@ -173,15 +190,10 @@ def _emulated_specs() -> tuple[KernelSpec, ...]:
 def emulated(name: str, flags: tuple[str, ...], folder: Path = build.FOLDER) -> ModuleType:
     """An AMX module from `folder`, compiled under these flags when it first runs, its own memory of libraries."""
     module, amx = _imported(folder / f"{name}.py"), _imported(folder / "amx.py")
-    amx.build = SimpleNamespace(library=lambda library: ctypes.CDLL(str(_built(folder, library, flags))))
+    amx.build = SimpleNamespace(library=lambda library: ctypes.CDLL(str(built(folder, library, flags))))
     module._function = partial(amx.function, *module._function.args)
     module.LEAST_ROWS = 0
     return module
-
-
-def _built(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
-    with patch.object(build, "FOLDER", folder):
-        return build.build(name, flags)
 
 
 def only(*wanted: tuple[str, str]) -> list[Change]:

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import native
 import pytest
-from native import AVX2, DTYPES, NATIVE, one_thread, only, variant, weight  # noqa: F401 - a fixture
+from native import AVX2, DTYPES, EMULATED, NATIVE, one_thread, only, variant, weight  # noqa: F401 - a fixture
 
 from autotune.errors import DeviceError
 from autotune.kernels.checks import gate
@@ -20,6 +20,7 @@ from autotune.search_space.schemes import scheme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, WRONG = "the output holds NaN or infinity", "largest relative error"
+TILES, EXPAND, AMX = "tiles.h", "expand.h", "amx_integer.cpp"
 W8A8, W8A16, SPARSE8 = ("w8a8-int8", "bf16"), ("w8a16-int8", "bf16"), ("2:4+w8a8-int8", "bf16")
 W4A8, W4A16, SPARSE4 = ("w4a8-int4-g32", "bf16"), ("w4a16-int4-g128", "bf16"), ("2:4+w4a16-int4-g128", "bf16")
 W8A16_FP32, DENSE, SPARSE = ("w8a16-int8", "fp32"), ("bf16", "bf16"), ("2:4", "bf16")
@@ -266,6 +267,122 @@ MISTAKES = (
     _one("one chain of sums for all", DENSE, WRONG, "bf16.cpp", "c < kChains<rows>; c++) total", "c < 1; c++) total"),
     _one("the last output masked off", SPARSE, NAN, "bf16.cpp", "(1u << count) - 1;", "((1u << count) - 1) >> 1;"),
     _one("no bias", SPARSE, WRONG, "bf16.cpp", "__m512 total = bias;", "__m512 total = _mm512_setzero_ps();"),
+    # Tiles
+    _one(
+        "the second sixteen rows' sums from the first's activations",
+        W8A8,
+        WRONG,
+        TILES,
+        "x + i * x_step + 16 * width",
+        "x + i * x_step",
+        flags=EMULATED,
+        rows=(33,),
+    ),
+    Mistake(
+        "sums of rows and of outputs stored in each other's place",
+        W8A16,
+        WRONG,
+        (
+            (
+                TILES,
+                "if constexpr (high == 2) tile_store<2>(to + kSum",
+                "if constexpr (high == 2) tile_store<2>(to + 2 * kSum",
+            ),
+            (
+                TILES,
+                "if constexpr (wide == 2) tile_store<1>(to + 2 * kSum",
+                "if constexpr (wide == 2) tile_store<1>(to + kSum",
+            ),
+        ),
+        flags=EMULATED,
+        rows=(33,),
+    ),
+    _one(
+        "the next group's weights with this group's activations",
+        W4A8,
+        WRONG,
+        AMX,
+        "codes += cut.tiles_per_group * kPanelRows * cut.width;",
+        "",
+        flags=EMULATED,
+        in_brief=True,
+    ),
+    _one(
+        "the first of two blocks' scales",
+        W4A16,
+        WRONG,
+        AMX,
+        "((block + b) * groups + g)",
+        "(block * groups + g)",
+        flags=EMULATED,
+    ),
+    _one(
+        "nibbles expanded the other way around",
+        W4A16,
+        WRONG,
+        EXPAND,
+        "put(to + 128 * j, shift_left<4>(both) & high);\n        put(to + 128 * j + 64, both & high);",
+        "put(to + 128 * j + 64, shift_left<4>(both) & high);\n        put(to + 128 * j, both & high);",
+        flags=EMULATED,
+    ),
+    _one(
+        "a survivor at its neighbour's position",
+        SPARSE8,
+        WRONG,
+        EXPAND,
+        "8 * (at >> 24 & 3)",
+        "8 * (at >> 16 & 3)",
+        flags=EMULATED,
+    ),
+    _one(
+        "weights that are not zero behind the last step",
+        W8A8,
+        WRONG,
+        EXPAND,
+        "steps * Int8::kBytes, 0,",
+        "steps * Int8::kBytes, 127,",
+        flags=EMULATED,
+        shape=(33, 288),
+    ),
+    _one(
+        "the last of an odd number of blocks not computed",
+        W8A8,
+        NAN,
+        AMX,
+        "block < last; block += kStripBlocks",
+        "block + 1 < last; block += kStripBlocks",
+        flags=EMULATED,
+    ),
+    _one(
+        "rows behind the first pass not computed",
+        W8A16,
+        NAN,
+        AMX,
+        "start < panels; start += pass",
+        "start < 1; start += pass",
+        flags=EMULATED,
+        rows=(43,),
+        shape=(33, 16384),
+    ),
+    _one(
+        "survivors of bf16 in the other pair",
+        SPARSE,
+        WRONG,
+        EXPAND,
+        "static_cast<uint32_t>(quad >> 32)",
+        "static_cast<uint32_t>(quad)",
+        flags=EMULATED,
+        in_brief=True,
+    ),
+    _one(
+        "inputs behind the last not zero",
+        DENSE,
+        NAN,
+        "amx_bf16.cpp",
+        "std::memset(place + bytes, 0,",
+        "std::memset(place + bytes, 255,",
+        flags=EMULATED,
+    ),
     # Packers
     _one(
         "nibbles packed the other way around",
@@ -334,8 +451,12 @@ def _cases() -> list[object]:
     cases = []
     for mistake in MISTAKES:
         module = "bf16" if mistake.on in (DENSE, SPARSE) else "integer"
+        module = f"amx_{module}" if mistake.flags is EMULATED else module
         marks = [
-            pytest.mark.skipif(not native.runs_here(module, mistake.flags), reason="this CPU cannot run the kernel")
+            pytest.mark.skipif(
+                not native.runs_here(module.removeprefix("amx_"), mistake.flags),
+                reason="this CPU cannot run the kernel",
+            )
         ]
         marks += [] if mistake.in_brief or mistake.flags is None else [pytest.mark.slow]
         cases.append(pytest.param(mistake, module, id=mistake.name, marks=marks))
