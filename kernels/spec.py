@@ -110,6 +110,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cpu.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cpu.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.w4a16", _INT4, "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec("cpu.w3a16", ("w3a16-int3-g128",), "cpu", _FLOATS, _CPU + "narrow", _NATIVE),
+    KernelSpec("cpu.w2a16", ("w2a16-int2-g128",), "cpu", _FLOATS, _CPU + "narrow", _NATIVE),
     KernelSpec("cpu.24.bf16", ("2:4",), "cpu", ("bf16",), _CPU + "bf16", _NATIVE_BF16),
     KernelSpec("cpu.24.w8a8", ("2:4+w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),

@@ -46,8 +46,13 @@ _numbers = itertools.count()
 
 
 def short(spec: KernelSpec) -> str:
-    """The module that packs: `integer` or `bf16`."""
+    """The module's own name, whatever it is built for: `integer`, `narrow` or `bf16`."""
     return spec.module.rpartition(".")[2].removeprefix("amx_").removesuffix("_avx2").removesuffix("_emulated")
+
+
+def family(spec: KernelSpec) -> str:
+    """The module that packs: `integer` or `bf16`."""
+    return "bf16" if short(spec) == "bf16" else "integer"
 
 
 def cases(module: str | None = None, activations: bool | None = None) -> list[object]:
@@ -62,7 +67,7 @@ def cases(module: str | None = None, activations: bool | None = None) -> list[ob
         marks = [pytest.mark.skipif(bool(missing), reason=f"this CPU lacks {', '.join(missing)}")]
         for name, dtype in itertools.product(spec.schemes, spec.dtypes):
             slow = [pytest.mark.slow] if ".emulated" in spec.name and _seldom(name, dtype) else []
-            if module not in (None, short(spec)) or activations not in (None, scheme(name).activation is not None):
+            if module not in (None, family(spec)) or activations not in (None, scheme(name).activation is not None):
                 continue
             found.append(pytest.param(spec, name, DTYPES[dtype], id=f"{spec.name}-{name}-{dtype}", marks=marks + slow))
     return found
@@ -166,13 +171,16 @@ def built(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
 
 @cache
 def _avx2_specs() -> tuple[KernelSpec, ...]:
-    """Under a module name of their own, and compiled when the first of them runs."""
-    module = _imported(build.FOLDER / "integer.py")
-    module.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
-    sys.modules["integer_avx2"] = module
-    specs = [spec for spec in SPECS if short(spec) == "integer"]
+    """Under module names of their own, and compiled when the first of them runs."""
+    made = []
     limits = Limits(features=("cxx", "avx2", "fma"))
-    return tuple(replace(spec, name=f"{spec.name}.avx2", module="integer_avx2", limits=limits) for spec in specs)
+    for name in ("integer", "narrow"):
+        module = _imported(build.FOLDER / f"{name}.py")
+        module.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
+        sys.modules[f"{name}_avx2"] = module
+        specs = [spec for spec in SPECS if short(spec) == name]
+        made += [replace(spec, name=f"{spec.name}.avx2", module=f"{name}_avx2", limits=limits) for spec in specs]
+    return tuple(made)
 
 
 @cache

@@ -34,12 +34,14 @@ EXACT = [
 ]
 FUNCTIONS = {
     "integer": "autotune_linear",
+    "narrow": "autotune_narrow",
     "bf16": "autotune_bf16",
     "amx_integer": "autotune_amx_linear",
     "amx_bf16": "autotune_amx_bf16",
 }
 BRIEF = (("w4a16-int4-g32", "fp32"), ("2:4+w8a8-int8", "bf16"))
 BF16 = (("bf16", "bf16"), ("2:4", "bf16"))
+NARROW = tuple((name, dtype) for name in ("w3a16-int3-g128", "w2a16-int2-g128") for dtype in ("bf16", "fp32"))
 TILED = (("w8a8-int8", "bf16"), ("w4a8-int4-g32", "bf16"), ("2:4+w4a16-int4-g128", "fp32"))
 EVERYTHING = tuple(
     (name, dtype)
@@ -193,11 +195,19 @@ def _in_use(name: str, folder: Path, *flags: tuple[str, ...]) -> _Watched:
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("bf16", ()), ("integer", ()), ("integer", (AVX2,)), ("amx_bf16", (EMULATED,)), ("amx_integer", (EMULATED,))],
+    [
+        ("bf16", ()),
+        ("narrow", ()),
+        ("integer", ()),
+        ("integer", (AVX2,)),
+        ("amx_bf16", (EMULATED,)),
+        ("amx_integer", (EMULATED,)),
+    ],
 )
 def test_no_byte_behind_a_buffer_is_touched(tmp_path, name, flags):
     """Masked loads and stores are not seen by sanitizers, and optimizers may widen others."""
-    names = BF16 if name.endswith("bf16") else TILED if name.startswith("amx") else EVERYTHING
+    of = {"integer": EVERYTHING, "amx_integer": TILED, "narrow": NARROW}
+    names = of.get(name, BF16)
     _fill(_in_use(name, tmp_path, *flags), names, (1, 33), (1, 31, 100), (1, 3, 13)).check("guard")
 
 
@@ -227,6 +237,11 @@ def test_sanitizers_find_nothing_at_all(watched, flags):
     for name, dtype in EVERYTHING:  # several passes over the weights
         calls.add(weight(name, 17, 16384, native.DTYPES[dtype]), [normal(43, 16384, native.DTYPES[dtype])])
     calls.check()
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_two_and_three_bits(watched):
+    _fill(watched("narrow"), NARROW, (1, 15, 17, 48), (4, 33, 100), (1, 2, 3, 8, 13)).check()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ NAN, WRONG = "the output holds NaN or infinity", "largest relative error"
 TILES, EXPAND, AMX = "tiles.h", "expand.h", "amx_integer.cpp"
 W8A8, W8A16, SPARSE8 = ("w8a8-int8", "bf16"), ("w8a16-int8", "bf16"), ("2:4+w8a8-int8", "bf16")
 W4A8, W4A16, SPARSE4 = ("w4a8-int4-g32", "bf16"), ("w4a16-int4-g128", "bf16"), ("2:4+w4a16-int4-g128", "bf16")
+THREE, TWO = ("w3a16-int3-g128", "bf16"), ("w2a16-int2-g128", "bf16")
 W8A16_FP32, DENSE, SPARSE = ("w8a16-int8", "fp32"), ("bf16", "bf16"), ("2:4", "bf16")
 
 
@@ -42,7 +43,7 @@ def _one(name: str, on: tuple[str, str], caught: str, file: str, old: str, new: 
     return Mistake(name, on, caught, ((file, old, new),), **rest)
 
 
-CODE, SUMS, FORMATS, QUANT, SIMD = "integer.cpp", "integer.h", "formats.h", "activations.h", "simd.h"
+CODE, SUMS, FORMATS, QUANT, SIMD = "stream.h", "integer.h", "formats.h", "activations.h", "simd.h"
 MISTAKES = (
     # Scales and groups
     _one(
@@ -195,6 +196,31 @@ MISTAKES = (
         FORMATS,
         "upper ? 0x0C0C0808u : 0x04040000u",
         "upper ? 0x08080C0Cu : 0x00000404u",
+    ),
+    _one(
+        "the lowest of three bits from another input",
+        THREE,
+        WRONG,
+        FORMATS,
+        "shift_left<5 - j>(lowest)",
+        "shift_left<5 - (j & 4)>(lowest)",
+        in_brief=True,
+    ),
+    _one(
+        "three bits with their neighbours",
+        THREE,
+        WRONG,
+        FORMATS,
+        "and_or(upper, splat_byte(0xC0)",
+        "and_or(upper, splat_byte(0xD0)",
+    ),
+    _one(
+        "two bits with their neighbours",
+        TWO,
+        WRONG,
+        FORMATS,
+        "(load_bytes(w + 64 * (j / 4))) & splat_byte(0xC0);",
+        "(load_bytes(w + 64 * (j / 4))) & splat_byte(0xE0);",
     ),
     # Rows and outputs
     _one(
@@ -447,10 +473,14 @@ def _gate(on: tuple[str, str], rows: tuple[int, ...], shape: tuple[int, int] | N
             gate(spec, made, packed, count, module)
 
 
+def _module(on: tuple[str, str]) -> str:
+    return "bf16" if on in (DENSE, SPARSE) else "narrow" if on in (THREE, TWO) else "integer"
+
+
 def _cases() -> list[object]:
     cases = []
     for mistake in MISTAKES:
-        module = "bf16" if mistake.on in (DENSE, SPARSE) else "integer"
+        module = _module(mistake.on)
         module = f"amx_{module}" if mistake.flags is EMULATED else module
         marks = [
             pytest.mark.skipif(
@@ -474,7 +504,7 @@ def test_the_gate_catches(mistake, module, tmp_path):
 
 @pytest.mark.parametrize(("on", "rows", "shape"), CONTROLS, ids=str)
 def test_the_gate_lets_the_honest_ones_pass(on, rows, shape):
-    module = "bf16" if on in (DENSE, SPARSE) else "integer"
+    module = _module(on)
     if not native.runs_here(module):
         pytest.skip("this CPU cannot run the kernel")
     _gate(on, rows, shape, import_module(f"autotune.kernels.cpu.{module}"))
