@@ -85,7 +85,7 @@ def score(
         draws: label draws a document.
     """
     schemes = {g.name: [e.scheme for e in space.schemes(g.name) if e.scheme != space.dense] for g in model.spec.groups}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
     weights: list[float] = []
     room = max(_BATCH_BYTES, 2 * model.weight_bytes)
@@ -192,7 +192,7 @@ def _backward(
 def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     if model.spec.task == "encoder":
         hidden = output.last_hidden_state
-        probe = torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
+        probe = torch.randn(hidden.shape, generator=generator, device=hidden.device).to(hidden.dtype)
         return (hidden * probe).sum(), float(hidden.detach().square().sum())
     logits = output.logits[0, :-1].float()  # (scored tokens, vocabulary)
     with torch.no_grad():
@@ -214,12 +214,12 @@ def _sums(
     inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
     moved = {form: [_moved(x, form) for x in inputs] for form in quantized}
     draws = len(batch[0].gradients[group.name])
-    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64, device=model.device) for name in names}
     step = max(1, _PIECE_WEIGHTS[model.dtype] // group.in_features)
     for start in range(0, group.out_features, step):
         rows = slice(start, start + step)
         changes = {key: model.change(group, name, rows).view(-1) for key, name in stored.items()}
-        dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0)
+        dense = model.dense_weight(group, rows).view(-1) if quantized else torch.empty(0, device=model.device)
         for number, tap in enumerate(batch):
             gradients = [gradient[:, rows] for gradient in tap.gradients[group.name]]  # each (tokens, rows)
             plain = _products(gradients, inputs[number])  # (draws, rows * in)

@@ -7,6 +7,7 @@ squared norm, in both columns; its "tokens" are that norm, so sums divide to the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -60,7 +61,7 @@ class Teacher:
             return 0.0
         total = sum(float(_nll(self._dense(i), document).sum()) for i, document in enumerate(self.documents))
         tokens = sum(len(document) - 1 for document in self.documents)
-        return float(torch.tensor(total / tokens).exp())
+        return math.exp(min(total / tokens, 700.0))
 
     def _some_dense(self, start: int, stop: int) -> list[torch.Tensor]:
         """The dense outputs of documents from `start` on: up to `stop`, or as many as are worth holding."""

@@ -61,9 +61,9 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if inputs % 4:
         raise InputError("packing.pattern", f"{inputs} inputs are not a multiple of 4, as 2:4 needs.")
     quads = codes.reshape(rows, inputs // 4, 4)
-    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=codes.device)
     mask = ((quads != 0).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8).int()
-    first, second = _FIRST[mask], _SECOND[mask]
+    first, second = _FIRST.to(codes.device)[mask], _SECOND.to(codes.device)[mask]
     if bool((first == 255).any()):
         bad = int((first == 255).sum())
         raise InputError(
@@ -86,7 +86,7 @@ def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
     index = positions_24(positions, survivors).view(rows, survivors // 2, 2).long()
     source = movable(values)
-    quads = torch.zeros(rows, survivors // 2, 4, dtype=source.dtype)
+    quads = torch.zeros(rows, survivors // 2, 4, dtype=source.dtype, device=source.device)
     quads.scatter_(-1, index, source.view(rows, survivors // 2, 2))
     return quads.view(rows, survivors * 2).view(values.dtype)
 
@@ -114,7 +114,7 @@ def movable(values: torch.Tensor) -> torch.Tensor:
 
 def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, inputs = codes.shape
-    words = torch.zeros(rows, -(-inputs // 8), dtype=torch.int32)  # eight codes of at most 4 bits
+    words = torch.zeros(rows, -(-inputs // 8), dtype=torch.int32, device=codes.device)  # eight codes of at most 4 bits
     for place in range(8):
         part = codes[:, place::8]
         words[:, : part.shape[1]] |= part.to(torch.int32) << (bits * place)
@@ -124,10 +124,10 @@ def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack_unsigned(packed: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     rows, groups = packed.shape[0], -(-inputs // 8)
-    padded = torch.zeros(rows, groups * bits, dtype=torch.uint8)
+    padded = torch.zeros(rows, groups * bits, dtype=torch.uint8, device=packed.device)
     padded[:, : packed.shape[1]] = packed
     padded = padded.view(rows, groups, bits)
-    words = torch.zeros(rows, groups, dtype=torch.int32)
+    words = torch.zeros(rows, groups, dtype=torch.int32, device=packed.device)
     for i in range(bits):
         words |= padded[:, :, i].to(torch.int32) << (8 * i)
     places = [(words >> (bits * place)).bitwise_and_(2**bits - 1).to(torch.int8) for place in range(8)]
