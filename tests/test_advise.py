@@ -125,6 +125,9 @@ def test_every_shipped_target_and_this_machine(config, monkeypatch, tmp_path):
         advice = advise(str(config), name, "chat")
         assert len(advice.phases) == 2 and all(phase.least_us > 0 for phase in advice.phases)
         assert any(item.gains for item in advice.schemes)
+        unknown = target.load(name).device == "mps"
+        assert (advice.phases[0].parts_us["launches"] is None) == unknown
+        assert not (unknown and any(item.kernels for item in advice.schemes))
         assert json.loads(json.dumps(advice.to_json(), allow_nan=False))["phases"][0]["binds"]
     monkeypatch.setattr(module, "resolve_target", lambda name: (tiny.here(), True))
     monkeypatch.setenv("AUTOTUNE_HOME", str(tmp_path))
