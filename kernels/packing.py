@@ -65,7 +65,8 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if inputs % 4:
         raise InputError("packing.pattern", f"{inputs} inputs are not a multiple of 4, as 2:4 needs.")
     quads = movable(codes).contiguous().view(rows, inputs // 4, 4)
-    mask = ((quads != 0).view(torch.int32).squeeze(-1) * _LOWEST_BITS >> 24).bitwise_and_(15)
+    own = quads if quads.dtype == codes.dtype else quads.bitwise_and(0x7F)  # of fp8 without the sign: -0.0 is a zero
+    mask = ((own != 0).view(torch.int32).squeeze(-1) * _LOWEST_BITS >> 24).bitwise_and_(15)
     bad = int((_table(_TOO_MANY, mask.device) >> mask).bitwise_and_(1).sum())
     if bad:
         raise InputError(

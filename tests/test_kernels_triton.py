@@ -84,8 +84,10 @@ def _check(variant, capability):
     assert not found.spills, found
     assert found.shared_bytes <= {8.0: 163, 8.9: 99, 9.0: 227, 10.0: 227, 12.0: 99}[capability] * 1024
     assert bool(found.instruction) == variant.tensor_cores, found
-    if variant.name.startswith("w8a8") and "16" not in variant.name and capability == 9.0:
+    if variant.name.startswith(("w8a8", "fp8")) and "16" not in variant.name and capability == 9.0:
         assert found.instruction == "wgmma.mma_async"
+    if variant.name.startswith("fp8") and "16" not in variant.name and capability == 10.0:
+        assert found.instruction == "tcgen05.mma"
 
 
 def _cases():
