@@ -177,6 +177,8 @@ class _Bounds:
     def _notes(self) -> Iterator[str]:
         if self.target.ceilings.source == "datasheet":
             yield f"Ceilings are not measured. {self.target.notes}"
+        if self.target.ceilings.busy:
+            yield "Ceilings were measured while others used this machine: they are too low, and not all alike."
         if isinstance(self.attention, str):
             yield f"The KV cache is not counted: {self.attention}."
         if self.target.ceilings.launch_us <= 0:

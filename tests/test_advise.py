@@ -100,6 +100,15 @@ def test_what_no_kernel_here_does_gets_an_ideal_one_and_the_reason(config, card)
     assert none.groups == 1  # only `down` has 128 inputs
 
 
+def test_what_is_not_sure_is_noted(config, card, monkeypatch):
+    busy = Ceilings(CARD.ceilings.read_gb_per_s, {"bf16": 1.0}, 0.0, "measured", busy=True)
+    monkeypatch.setattr(module, "resolve_target", lambda name: (Target(**{**vars(CARD), "ceilings": busy}), False))
+    advice = advise(str(config), "card", "1,8,4")
+    assert advice.ceilings == "measured while busy" and advice.phases[0].parts_us["launches"] is None
+    notes = " ".join(advice.notes)
+    assert "too low" in notes and "launch costs on this target is not known" in notes and "not measured" not in notes
+
+
 def test_measured_layers_are_used_and_marked(config, card):
     estimated = advise(str(config), "card", "1,8,4")
     opened = module.open_model(str(config), shapes_only=True)
