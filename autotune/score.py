@@ -84,7 +84,7 @@ def score(
         draws: label draws a document.
     """
     schemes = {g.name: [e.scheme for e in space.schemes(g.name) if e.scheme != space.dense] for g in model.spec.groups}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
     weights: list[float] = []
     room = max(_BATCH_BYTES, 5 * model.weight_bytes // 2)
@@ -194,7 +194,7 @@ def _backward(
 def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     if model.spec.task == "encoder":
         hidden = output.last_hidden_state
-        probe = torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
+        probe = torch.randn(hidden.shape, generator=generator, device=hidden.device).to(hidden.dtype)
         return (hidden * probe).sum(), float(hidden.detach().square().sum())
     logits = output.logits[0, :-1].float()  # (scored tokens, vocabulary)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def _sums(
     stored = {(item.sparsity, item.weight): item.name for item in items}  # schemes with equal weights share a product
     column = {key: number for number, key in enumerate(stored)}
     draws = len(next(iter(batch[0].gradients.values())))
-    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64, device=model.device) for name in names}
     for expert, part in enumerate(group.parts):
         seen = [number for number, tap in enumerate(batch) if part.name in tap.inputs]  # documents
         inputs = [batch[number].inputs[part.name] for number in seen]  # each (tokens, in)
@@ -253,7 +253,8 @@ def _products(gradients: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torc
         gradients: of every document, of every draw, each (tokens, rows); inputs: of every document (tokens, in).
     """
     pairs = [(gradient, x) for draws, x in zip(gradients, inputs, strict=True) for gradient in draws]
-    products = torch.empty(len(pairs), pairs[0][0].shape[1] * pairs[0][1].shape[1])
+    gradient, x = pairs[0]
+    products = torch.empty(len(pairs), gradient.shape[1] * x.shape[1], device=x.device)
     for product, (gradient, x) in zip(products, pairs, strict=True):
         product.copy_((gradient.t() @ x).view(-1))
     return products
