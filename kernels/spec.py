@@ -40,6 +40,12 @@ class GroupWeight:
     bias: torch.Tensor | None = None  # (out,) in the model's dtype
     zeros: torch.Tensor | None = None  # int8 (out, groups): the code that stands for 0, of asymmetric integers
 
+    def part(self, rows: slice) -> GroupWeight:
+        """Some of the output rows; nothing is copied."""
+        names = ("dense", "codes", "scales", "bias", "zeros")
+        tensors = {name: tensor[rows] for name in names if (tensor := getattr(self, name)) is not None}
+        return GroupWeight(self.scheme, **tensors)
+
 
 @dataclass(frozen=True)
 class Packed:
