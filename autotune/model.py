@@ -37,19 +37,23 @@ class OpenModel:
         return _DTYPES[self.spec.dtype]
 
 
-def open_model(source: str, dtype: str | None = None, latency_only: bool = False) -> OpenModel:
+def open_model(
+    source: str, dtype: str | None = None, latency_only: bool = False, shapes_only: bool = False
+) -> OpenModel:
     """Describe a model from a folder, a config.json, or `org/name@revision`.
 
     Args:
         dtype: what to run it in, "bf16" or "fp32"; by default bf16 if the checkpoint is, else fp32.
         latency_only: weights are not needed.
+        shapes_only: nor looked at where they are; their hash alone takes a while.
 
     Raises:
         InputError: `model.*`, naming file and tensor.
     """
-    folder = _locate(source, latency_only)
+    folder = _locate(source, latency_only or shapes_only)
     config = _config(folder)
-    weights = None if latency_only and not _has_weights(folder) else checkpoint.read(folder)
+    absent = shapes_only or (latency_only and not _has_weights(folder))
+    weights = None if absent else checkpoint.read(folder)
     model = _empty(config, folder)
     task = _task(config)
     dtype = dtype or _default_dtype(config, weights)
@@ -166,6 +170,12 @@ def _config(folder: Path) -> Any:
             hint = "autotune runs no code from a checkpoint; convert the model to an architecture transformers ships."
             raise InputError("model.remote_code", f"{folder} needs its own Python code.", hint) from error
         raise InputError("model.architecture", f"{folder}/config.json: {error}.") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model folder; for a model of several parts, that of its language model."""
+    config = _config(folder)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _task(config: Any) -> Task:

@@ -27,6 +27,7 @@ from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
+from autotune.place import device_of
 from autotune.plan import Plan
 from autotune.search_space.schemes import scheme
 from autotune.store import new_folder
@@ -43,6 +44,8 @@ _COPIED = (
 def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None = None) -> nn.Module:
     """Put a plan's compressed layers into a transformers model, in place, on the kernels that were timed.
 
+    The model moves to the device of those kernels.
+
     Args:
         model: the model the plan was made for, loaded in the plan's dtype.
         plan: a plan, a plan.json, or a run folder.
@@ -50,6 +53,7 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
 
     Raises:
         InputError: `plan.*`, `apply.weights`, `plan.model_mismatch` when the model's weights are not the plan's.
+        DeviceError: `device.missing` when the plan's kernels need a device that is not here.
     """
     folder, loaded = _plan_and_weights(plan, weights)
     _check_same_model(model, loaded)
@@ -58,6 +62,7 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
     groups = _groups(loaded)
     for name, group in groups.items():  # all of them before the first is changed
         _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
+    model.to(device_of(loaded.kernels.values()))
     for name, group in groups.items():
         _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
     quicken(model)
@@ -70,11 +75,13 @@ def load(folder: Path | str) -> nn.Module:
 
     Raises:
         InputError: `plan.*`, `apply.weights`.
+        DeviceError: `device.missing` when the plan's kernels need a device that is not here.
     """
     path = Path(folder)
     path = path / "model" if not (path / WEIGHTS).is_file() and (path / "model" / WEIGHTS).is_file() else path
     plan = Plan.load(path / "plan.json")
     _check_same_plan(path / WEIGHTS, plan)
+    device = device_of(plan.kernels.values())
     tensors = _read(path / WEIGHTS)
     dtype = _DTYPES[plan.model.dtype]
     model = _skeleton(path, plan, dtype)
@@ -87,20 +94,23 @@ def load(folder: Path | str) -> nn.Module:
     missing, unexpected = model.load_state_dict(kept, assign=True, strict=False)
     if tied:
         model.tie_weights()  # type: ignore[operator]
-    for name in [name for name in groups if _is_tied_dense(plan, name)]:
-        _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent or unexpected:
         what = f"missing {absent[:3] or missing[:3]}, unexpected {unexpected[:3]}"
         raise InputError("apply.weights", f"{path / WEIGHTS} does not fit its plan: {what}.", "Save the model again.")
+    model.to(device)
+    for name in [name for name in groups if _is_tied_dense(plan, name)]:
+        _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
     quicken(model)
     keep_large_blocks()
     return model.requires_grad_(False).eval()
 
 
 def quicken(model: nn.Module) -> None:
-    """What is done to any model that runs here, dense or compressed, besides its layer groups: same results but for the
-    order of sums."""
+    """What is done to any model that runs on a CPU, dense or compressed, besides its layer groups: same results but for
+    the order of sums."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return
     fuse_norms(model)
     pack_query_heads(model)
     fuse_decoder_layers(model)
@@ -120,15 +130,16 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     if plan.model.tied_embeddings:
         tensors = _without_shared(tensors)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, weight in weights.items():
         if name in dense:
             continue
         parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else storage.pack(weight)
         parts |= {"bias": weight.bias} if weight.bias is not None else {}
-        tensors |= {f"{name}::{key}": value.contiguous() for key, value in parts.items() if value is not None}
+        tensors |= {f"{name}::{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
     with new_folder(folder) as temporary:
         for pattern in _COPIED:
             for file in source.glob(pattern):
@@ -251,7 +262,7 @@ def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeigh
     parts = dequantize(weight).split([entry.shape[0] for entry in entries])
     for entry, stored in zip(entries, parts, strict=True):
         module: Any = model.get_submodule(entry.module)
-        dense = module.weight.detach().float()
+        dense = module.weight.detach().float().to(stored.device)
         dense = dense if dense.shape == stored.shape and not _transposed(model, entry) else dense.t()
         error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
         item = scheme(plan.configuration[entry.group])

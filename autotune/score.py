@@ -84,7 +84,7 @@ def score(
         draws: label draws a document.
     """
     schemes = {g.name: [e.scheme for e in space.schemes(g.name) if e.scheme != space.dense] for g in model.spec.groups}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
     weights: list[float] = []
     room = max(_BATCH_BYTES, 5 * model.weight_bytes // 2)
@@ -191,7 +191,7 @@ def _backward(
 def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     if model.spec.task == "encoder":
         hidden = output.last_hidden_state
-        probe = torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
+        probe = torch.randn(hidden.shape, generator=generator, device=hidden.device).to(hidden.dtype)
         return (hidden * probe).sum(), float(hidden.detach().square().sum())
     logits = output.logits[0, :-1].float()  # (scored tokens, vocabulary)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def _sums(
     inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
     moved = {form: [_moved(x, form) for x in inputs] for item in items if (form := item.activation) is not None}
     draws = len(batch[0].gradients[group.name])
-    sums = {name: torch.zeros(len(batch) * draws, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(len(batch) * draws, dtype=torch.float64, device=model.device) for name in names}
     step = max(1, _PRODUCTS // (len(batch) * draws * group.in_features))
     for start in range(0, group.out_features, step):
         rows = slice(start, start + step)
@@ -245,7 +245,8 @@ def _products(gradients: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torc
         gradients: of every document, of every draw, each (tokens, rows); inputs: of every document (tokens, in).
     """
     pairs = [(gradient, x) for draws, x in zip(gradients, inputs, strict=True) for gradient in draws]
-    products = torch.empty(len(pairs), pairs[0][0].shape[1] * pairs[0][1].shape[1])
+    gradient, x = pairs[0]
+    products = torch.empty(len(pairs), gradient.shape[1] * x.shape[1], device=x.device)
     for product, (gradient, x) in zip(products, pairs, strict=True):
         product.copy_((gradient.t() @ x).view(-1))
     return products

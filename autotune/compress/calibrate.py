@@ -68,7 +68,9 @@ def _means(
     model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[torch.Tensor], diagonal: bool
 ) -> dict[str, torch.Tensor]:
     """Group name -> mean over tokens of x x^T, or of its diagonal."""
-    sums = {g.name: torch.zeros((g.in_features,) if diagonal else (g.in_features, g.in_features)) for g in groups}
+    device = next(model.parameters()).device
+    shapes = {g.name: (g.in_features,) if diagonal else (g.in_features, g.in_features) for g in groups}
+    sums = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
     rows = dict.fromkeys(sums, 0)
 
     def record(name: str) -> Any:

@@ -155,7 +155,7 @@ def stacked_bias(model: nn.Module, group: LayerGroup, dtype: torch.dtype) -> tor
     for member in group.members:
         module: Any = model.get_submodule(member.module)
         bias = module.bias
-        parts.append(torch.zeros(member.out_features) if bias is None else bias.detach().float())
+        parts.append(module.weight.new_zeros(member.out_features).float() if bias is None else bias.detach().float())
     return torch.cat(parts).to(dtype)
 
 
