@@ -281,3 +281,10 @@ def test_a_plan_whose_experts_do_not_share_its_tensors_is_refused(finished: Resu
     broken = finished.plan.model_copy(update={"groups": groups})
     with pytest.raises(InputError, match="not those of 3 experts"):
         Plan.from_json({"plan": broken.model_dump(mode="json"), "sha256": broken.digest()}, "here")
+
+
+def test_the_demonstration_mixture_is_described_by_its_headers() -> None:
+    spec = open_model(str(Path(__file__).parents[1] / "examples" / "demo_moe")).spec
+    mixed = [group for group in spec.groups if group.experts > 1]
+    assert len(mixed) == 6 and {(group.experts, group.experts_per_token) for group in mixed} == {(8, 2)}
+    assert (spec.dtype, spec.dense_bytes) == ("bf16", 2 * 5_841_024)
