@@ -33,9 +33,10 @@ LAYERS = (
     ("attention", "decoder", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
     ("memory_budget",),
-    ("tables", "finalists", "decide", "result", "planning"),
+    ("tables", "finalists", "decide", "result", "planning", "finished"),
+    ("recover",),
     ("export", "report"),
-    ("tune", "choosing", "cleaning", "doctor", "dry_run", "table_commands"),
+    ("tune", "choosing", "cleaning", "doctor", "dry_run", "table_commands", "recover_command"),
     ("service",),
     ("cli",),
 )

@@ -133,8 +133,15 @@ def _compress_group(
     dense = stacked_weight(model, group)
     made = methods.compress(method, dense, inputs, list(wanted.values()))
     for name, found in zip(wanted, made, strict=True):
-        origin = json.dumps({"method": found.method, "layer_error": found.layer_error})
-        write_bytes(folder / name, _serialize(pack(found.weight), origin))
+        write_bytes(folder / name, serialized(found.weight, found.method, found.layer_error))
+
+
+def serialized(weight: GroupWeight, method: str, layer_error: float | None) -> bytes:
+    """One entry as its file holds it; equal weights give equal bytes."""
+    from safetensors.torch import save
+
+    origin = json.dumps({"method": method, "layer_error": layer_error})
+    return save(pack(weight), {"origin": origin})  # one key: the order of several is not fixed
 
 
 def stacked_weight(model: nn.Module, group: LayerGroup) -> torch.Tensor:
@@ -157,9 +164,3 @@ def stacked_bias(model: nn.Module, group: LayerGroup, dtype: torch.dtype) -> tor
         bias = module.bias
         parts.append(torch.zeros(member.out_features) if bias is None else bias.detach().float())
     return torch.cat(parts).to(dtype)
-
-
-def _serialize(tensors: dict[str, torch.Tensor], origin: str) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors, {"origin": origin})  # one key: the order of several is not fixed
