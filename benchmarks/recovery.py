@@ -126,7 +126,8 @@ class Measured:
         self.teacher = Teacher(cast(ReferenceModel, self.stitched), documents, (1.0,))
         self.dense_perplexity = self.teacher.perplexity()
 
-    def loss(self, weights: Mapping[str, torch.Tensor], item: Scheme | None) -> Evaluation:
+    def loss(self, state: str, weights: Mapping[str, torch.Tensor], item: Scheme | None) -> Evaluation:
+        """`state` names the weights: of one name the teacher measures one set only."""
         self.stitched.weights = {**self.stitched.dense, **weights}
         hooks = []
         if item is not None and item.activation is not None:
@@ -139,7 +140,7 @@ class Measured:
 
             hooks = [self.model.get_submodule(m.module).register_forward_pre_hook(quantize) for m in members]
         try:
-            return self.teacher.measure({"all": "other"})
+            return self.teacher.measure({"all": state})
         finally:
             self.stitched.select({})
             for hook in hooks:
@@ -196,7 +197,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     codes = compressed(opened, item, calibration, arguments.compression)
     measured = Measured(opened, list(run.certification[: arguments.documents]))
     dense = measured.dense_perplexity
-    before = measured.loss({name: dequantize(weight) for name, weight in codes.items()}, item)
+    before = measured.loss("one-shot", {name: dequantize(weight) for name, weight in codes.items()}, item)
     rows = [row("one-shot", before, dense, 0.0)]
     print(line(rows[-1]), flush=True)
 
@@ -211,7 +212,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     wall = time.monotonic() - start
     recipe = distillation.recipe
     weights = {name: dequantize(group.master.codes()) for name, group in distillation.student.groups.items()}
-    after = measured.loss(weights, item)
+    after = measured.loss("recovered", weights, item)
     rows.append(row("recovered", after, dense, trained.seconds))
     print(line(rows[-1]), flush=True)
     del distillation
@@ -223,7 +224,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             opened, dense_master(opened, groups), sequences, recipe, arguments.marks, keep_best=False
         )
         same = {name: group.master.weight for name, group in other.student.groups.items()}
-        rows.append(row("dense, trained as long", measured.loss(same, None), dense, control.seconds))
+        rows.append(row("dense, trained as long", measured.loss("control", same, None), dense, control.seconds))
         print(line(rows[-1]), flush=True)
     return {
         "model": opened.spec.name,

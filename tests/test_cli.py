@@ -17,7 +17,20 @@ from autotune import cli
 from autotune.plan import Plan
 from autotune.store import locked
 
-COMMANDS = ["tune", "profile", "score", "search", "verify", "apply", "report", "plan", "targets", "doctor", "clean"]
+COMMANDS = [
+    "recover",
+    "tune",
+    "profile",
+    "score",
+    "search",
+    "verify",
+    "apply",
+    "report",
+    "plan",
+    "targets",
+    "doctor",
+    "clean",
+]
 
 
 @pytest.fixture(scope="module")
