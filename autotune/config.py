@@ -36,7 +36,7 @@ class RunConfig(BaseModel):
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
     latency_only: bool = False
 
-    # How much is measured. The defaults fit models of up to 50M parameters; where a larger one is tuned and a size was
+    # How much is measured. The defaults fit models of up to 30M parameters; where a larger one is tuned and a size was
     # not given, `samples.resolve` takes less.
     rounds: int = Field(default=20, ge=20)  # interleaved rounds a latency
     calibration_tokens: int = Field(default=16_384, ge=64)

@@ -1,6 +1,6 @@
 """How much is measured, where the settings do not say: a function of the model's parameter count and nothing else.
 
-The numbers in `RunConfig` fit models of up to 50M parameters. Above that the tokens shrink as the model grows, so that
+The numbers in `RunConfig` fit models of up to 30M parameters. Above that the tokens shrink as the model grows, so that
 the work stays about the same, down to floors below which a number would mean little; from there on a run takes longer
 in proportion to the model. Measured speed never enters: a resumed run must measure what the first one did.
 """
@@ -11,7 +11,7 @@ from autotune.compress import methods
 from autotune.config import RunConfig
 from autotune.search_space.groups import ModelSpec
 
-FULL = 50_000_000  # parameters up to which nothing is reduced
+FULL = 30_000_000  # parameters up to which nothing is reduced
 LARGE = 250_000_000  # above: fp32 weights alone take 1 GB, so models are not kept side by side (see `models`)
 # Setting -> (least, in steps of). Two finalists are the fastest and a safe one; 16 documents score a group to 25%.
 FLOORS = {
@@ -20,7 +20,7 @@ FLOORS = {
     "score_length": (128, 64),
     "score_draws": (1, 1),
     "search_tokens": (1_536, 256),
-    "certify_tokens": (20_000, 1_000),
+    "certify_tokens": (14_000, 1_000),
     "trials": (6, 1),
     "finalists": (2, 1),
 }

@@ -11,9 +11,13 @@ import torch
 
 from autotune.errors import InputError
 
-# For each mask of non-zeros in a group of four (bit i: input i), the two positions kept, ascending; 255: too many.
-_FIRST = torch.tensor([0, 0, 0, 0, 0, 0, 1, 255, 0, 0, 1, 255, 2, 255, 255, 255], dtype=torch.uint8)
-_SECOND = torch.tensor([1, 1, 1, 1, 2, 2, 2, 255, 3, 3, 3, 255, 3, 255, 255, 255], dtype=torch.uint8)
+# For each mask of non-zeros in a group of four (bit i: input i), two bits each: the two positions kept, ascending.
+_FIRST = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 2, 0, 0, 0]
+_SECOND = [1, 1, 1, 1, 2, 2, 2, 0, 3, 3, 3, 0, 3, 0, 0, 0]
+_TOO_MANY = sum(1 << mask for mask in range(16) if mask.bit_count() > 2)
+_LOWEST_BITS = 1 << 24 | 1 << 17 | 1 << 10 | 1 << 3  # times four bytes of 0 or 1: these, side by side, from bit 24 on
+_WORDS = {1: torch.int32, 2: torch.int64}  # four values of so many bytes, as one number
+_WHOLE = {8: torch.int8, 16: torch.int16}  # one value of so many bits
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -60,18 +64,24 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, inputs = codes.shape
     if inputs % 4:
         raise InputError("packing.pattern", f"{inputs} inputs are not a multiple of 4, as 2:4 needs.")
-    quads = codes.reshape(rows, inputs // 4, 4)
-    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
-    mask = ((quads != 0).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8).int()
-    first, second = _FIRST[mask], _SECOND[mask]
-    if bool((first == 255).any()):
-        bad = int((first == 255).sum())
+    quads = movable(codes).contiguous().view(rows, inputs // 4, 4)
+    mask = ((quads != 0).view(torch.int32).squeeze(-1) * _LOWEST_BITS >> 24).bitwise_and_(15)
+    bad = int((_table(_TOO_MANY) >> mask).bitwise_and_(1).sum())
+    if bad:
         raise InputError(
             "packing.pattern", f"{bad} groups of four inputs have more than two non-zeros.", "Prune first."
         )
-    positions = torch.stack([first, second], -1)  # (out, in/4, 2)
-    values = movable(quads).gather(-1, positions.long()).view(rows, inputs // 2).view(codes.dtype)
-    return values, _pack_unsigned(positions.view(rows, inputs // 2), 2)
+    mask *= 2
+    kept = [(_table(_pairs(places)) >> mask).bitwise_and_(3) for places in (_FIRST, _SECOND)]  # (out, in/4)
+    positions = torch.stack(kept, -1)
+    word = _WORDS.get(quads.element_size())
+    if word is None:
+        values = quads.gather(-1, positions.long())
+    else:  # a shift costs a tenth of a gather
+        words, width = quads.view(word).squeeze(-1), 8 * quads.element_size()
+        parts = [(words >> place * width).to(_WHOLE[width]) for place in kept]
+        values = torch.stack(parts, -1).view(quads.dtype)
+    return values.view(rows, inputs // 2).view(codes.dtype), _pack_unsigned(positions.view(rows, inputs // 2), 2)
 
 
 def positions_24(positions: torch.Tensor, survivors: int) -> torch.Tensor:
@@ -110,6 +120,16 @@ def unpack_bits(packed: torch.Tensor, in_features: int) -> torch.Tensor:
 def movable(values: torch.Tensor) -> torch.Tensor:
     """The same bytes in a type that torch can gather and scatter: it does neither for fp8."""
     return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
+
+
+def _pairs(values: list[int]) -> int:
+    """Sixteen numbers below four as one of 32 bits, the first in the lowest."""
+    return sum(value << (2 * place) for place, value in enumerate(values))
+
+
+def _table(bits: int) -> torch.Tensor:
+    """32 bits as an int32 that can be shifted by a tensor; the sign is one of them."""
+    return torch.tensor(bits - (1 << 32 if bits >> 31 else 0), dtype=torch.int32)
 
 
 def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:

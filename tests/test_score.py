@@ -230,13 +230,15 @@ def test_batches_and_caches_change_nothing(references, monkeypatch):
     monkeypatch.setattr("autotune.score._BATCH_BYTES", 1)
     monkeypatch.setattr(ReferenceModel, "weight_bytes", 1)
     small, _ = references("llama")
-    assert score(small, space, tiny.tokens(5)) == expected
+    for row, other in zip(expected.rows, score(small, space, tiny.tokens(5)).rows, strict=True):
+        assert (other.group, other.scheme) == (row.group, row.scheme)
+        assert other.loss_nats == pytest.approx(row.loss_nats, rel=1e-3)
 
 
 def test_pieces_of_the_weights_change_nothing_but_rounding(references, monkeypatch):
     model, space = references("llama")
     expected = score(model, space, tiny.tokens(3))
-    monkeypatch.setattr("autotune.score._PIECE_WEIGHTS", {torch.float32: 64 * 7})
+    monkeypatch.setattr("autotune.score._PRODUCTS", 64 * 7 * 6)
     for row, other in zip(expected.rows, score(model, space, tiny.tokens(3)).rows, strict=True):
         assert other.loss_nats == pytest.approx(row.loss_nats, rel=1e-3)
 

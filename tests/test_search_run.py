@@ -16,6 +16,7 @@ from autotune.errors import UsageError
 from autotune.search.baselines import BASELINES, seeds
 from autotune.search.correction import loss_table
 from autotune.search.front import fits
+from autotune.search.ledger import HOPELESS
 from autotune.search.problem import Budget, Evaluation
 from autotune.search.race import clearly_worse, moves
 from autotune.search.run import ALONG, search, trials_for_minutes
@@ -125,9 +126,24 @@ def test_the_number_of_evaluations_is_kept(made):
         cost[genotype] = max(cost.get(genotype, 0), sum(evaluation.tokens) / whole)
         return evaluation
 
-    run(made, evaluate=evaluate, trials=20)
-    extra = sum(cost.values()) - len(seeds(made.problem, BUDGET.max_loss_nats, ()))
-    assert 17 <= extra - ALONG <= 22
+    front = run(made, evaluate=evaluate, trials=20)
+    before = [c.genotype for c in front.candidates if not c.source.startswith(SEARCHED)]
+    assert len(before) == len(seeds(made.problem, BUDGET.max_loss_nats, ())) + ALONG
+    assert 17 <= sum(cost.values()) - sum(cost[genotype] for genotype in before) <= 22
+
+
+def test_what_the_first_documents_rule_out_is_not_measured_further(made):
+    """Uniform 2:4 loses a hundred times this limit: a quarter of the documents says so."""
+    budget = Budget(2e-4)
+    front = run(made, budget=budget)
+    documents = {candidate: len(candidate.evaluation.tokens) for candidate in front.candidates}
+    first = len(made.evaluate(made.problem.dense, 0).tokens)
+    assert set(documents.values()) == {first, len(made.tokens)}
+    for candidate, count in documents.items():
+        assert (count == first) == (made.evaluate(candidate.genotype, 0).kl_nats > HOPELESS * budget.max_loss_nats)
+    assert all(documents[candidate] == len(made.tokens) for candidate in front.candidates if fits(candidate, budget))
+    everything = run(made, budget=Budget(math.inf))
+    assert {len(candidate.evaluation.tokens) for candidate in everything.candidates} == {len(made.tokens)}
 
 
 def test_ctrl_c_and_should_stop_keep_the_front(made):
@@ -138,11 +154,12 @@ def test_ctrl_c_and_should_stop_keep_the_front(made):
             raise KeyboardInterrupt
         return made.evaluate(genotype, look)
 
-    front = run(made, evaluate=interrupted)
+    everything = Budget(math.inf)  # one look each
+    front = run(made, budget=everything, evaluate=interrupted)
     assert len(front.candidates) == 20
     assert front.pareto
     calls = itertools.count()
-    assert len(run(made, should_stop=lambda: next(calls) >= 15).candidates) == 15
+    assert len(run(made, budget=everything, should_stop=lambda: next(calls) >= 15).candidates) == 15
     assert run(made, should_stop=lambda: True).candidates == ()
 
 

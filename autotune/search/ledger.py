@@ -5,11 +5,14 @@ It is the only place that calls `evaluate`, so it is where evaluations are count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from autotune.search.front import fits
 from autotune.search.problem import Budget, Candidate, Evaluate, Evaluation, Genotype, Problem
 from autotune.search.ratio import LossRatio, loss_ratio
+
+HOPELESS = 30.0  # times the loss limit on the first documents: the others could not change that
 
 Progress = Callable[[int, int, float | None], None]
 
@@ -43,10 +46,11 @@ class Ledger:
         self._best: float | None = None
 
     def measure(self, genotype: Genotype, source: str) -> Candidate:
-        """The candidate with its loss on all search documents. A genotype met before costs nothing."""
+        """The candidate with its loss on all search documents, or on the first of them where that is far beyond the
+        limit. A genotype met before costs nothing."""
         if genotype in self.candidates:
             return self.candidates[genotype]
-        evaluation = self.look(genotype, self.looks - 1)
+        evaluation = self._loss(genotype)
         candidate = Candidate(
             genotype,
             self.problem.latency_us(genotype),
@@ -62,6 +66,14 @@ class Ledger:
             self._progress(len(self.candidates), max(self.planned, len(self.candidates)), self._best)
         return candidate
 
+    def _loss(self, genotype: Genotype) -> Evaluation:
+        limit = self.budget.max_loss_nats
+        if self.looks > 1 and 0 < limit < math.inf:
+            first = self.look(genotype, 0)
+            if first.kl_nats > HOPELESS * limit:
+                return first
+        return self.look(genotype, self.looks - 1)
+
     def loss_ratio(self) -> LossRatio:
         """What everything measured so far says of dNLL over KL."""
         return loss_ratio([item.evaluation for item in self.candidates.values()], self.budget.max_loss_nats)
@@ -72,9 +84,11 @@ class Ledger:
             if self._should_stop is not None and self._should_stop():
                 raise Stopped
             evaluation = self._evaluate(genotype, look)
-            before = self._seen.get((genotype, look - 1))
+            before = max(
+                (sum(self._seen[genotype, i].tokens) for i in range(look) if (genotype, i) in self._seen), default=0
+            )
             self._seen[genotype, look] = evaluation
-            fresh = sum(evaluation.tokens) - (sum(before.tokens) if before else 0)
+            fresh = sum(evaluation.tokens) - before
             self.spent += fresh / self._full_tokens(evaluation)
         return self._seen[genotype, look]
 

@@ -77,6 +77,8 @@ class Budget:
 class Evaluation:
     """Measured loss of a genotype on the search documents, by document: sums over its scored tokens, in nats.
 
+    Only of the first documents, where these already put it far beyond the limit (see `ledger`).
+
     `kl` and `dnll` come from one forward pass: KL(dense || candidate) and the rise of the negative log-likelihood.
     """
 

@@ -79,11 +79,13 @@ def dnll_upper_nats(evaluation: Evaluation, ratio: LossRatio = PRIOR, confidence
     With `PRIOR` it rests on this evaluation and dNLL ~ N(KL, (0.25 KL)^2) alone.
 
     Args:
-        ratio: of evaluations of the same documents.
+        ratio: of evaluations of the same documents; it says nothing of one that ended after a part of them.
     """
     kl = evaluation.kl_nats
     if kl <= 0:
         return 0.0
+    if len(ratio.noise) not in (0, len(evaluation.tokens)):
+        ratio = PRIOR
     noise = _noise(evaluation) - (np.array(ratio.noise) if ratio.noise else 0.0)
     weight = ratio.spread**2 / (ratio.spread**2 + float((noise**2).sum()))
     centre = max(FLOOR, ratio.mean + weight * (evaluation.dnll_nats / kl - ratio.measured))
