@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         joint: Evaluation | None = None
         for method in arguments.methods:
             made = compressed(stitched, method, EVERY[name], statistics)
-            found = teacher.measure({"all": name})
+            found = teacher.measure({"all": f"{name} by {method}"})  # of one name the teacher measures one set only
             stitched.select({})
             joint = found if method == "joint" else joint
             rows.append(row(method, name, found, joint, dense, made))
