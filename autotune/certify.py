@@ -21,10 +21,10 @@ from scipy import stats
 from torch.nn import functional as F
 
 from autotune.errors import InputError
+from autotune.place import logits_at_a_time
 from autotune.search_space.groups import ModelSpec
 
 State = Literal["certified", "not_certified", "violated", "not_applicable"]
-_CHUNK_ELEMENTS = 2**17  # logits are compared in pieces of tokens that stay in cache
 LOOKS = ((0.4, 0.02), (1.0, 0.03))  # (share of the documents seen, error probability spent)
 
 
@@ -188,7 +188,7 @@ def _compare(
         return float(dense.double().square().sum()), error, error, 0.0
     nll = loss = kl = 0.0
     scored = len(ids) - 1
-    step = max(1, _CHUNK_ELEMENTS // dense.shape[1])
+    step = max(1, logits_at_a_time(dense.device) // dense.shape[1])
     for start in range(0, scored, step):
         rows = slice(start, min(start + step, scored))
         p, q = F.log_softmax(dense[rows].float(), -1), F.log_softmax(other[rows].float(), -1)

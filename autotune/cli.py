@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from autotune import advise_command
 from autotune.config import RunConfig, parse_bytes, parse_loss
 from autotune.errors import AutotuneError, UsageError
 from autotune.recover_command import recover
@@ -32,6 +33,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(targets_app, name="targets")
 app.add_typer(tables_app, name="tables")
 app.command()(recover)
+app.command()(advise_command.advise)
 console = Console(highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a config.json, or org/name@revision.")]

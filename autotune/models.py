@@ -37,6 +37,7 @@ class Models:
             for name in ("teacher", "reference", "dense", "runnable"):
                 self.__dict__.pop(name, None)
             give_back()
+            self.session.place.make_room()
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -63,4 +64,5 @@ class Models:
         session.report("pack", 0, 1)
         cache = session.target.last_cache_bytes
         progress = session.progress("pack")
-        return switchable(session.opened, self.space, self.table, session.workload, self.database, cache, progress)
+        database, place = self.database, session.place
+        return switchable(session.opened, self.space, self.table, session.workload, database, cache, progress, place)

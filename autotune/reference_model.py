@@ -73,6 +73,10 @@ class ReferenceModel:
         return next(iter(self.layers.values()))[0].weight.dtype
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values()))[0].weight.device
+
+    @property
     def weight_bytes(self) -> int:
         """Of all layer groups, dense."""
         return sum(group.weights for group in self.spec.groups) * self.dtype.itemsize
@@ -118,7 +122,7 @@ class ReferenceModel:
         """(out, in): the group's weights under a scheme, dequantized."""
         if (group.name, name) in self._cache:
             return self._cache[group.name, name]
-        weight = torch.empty(group.out_features, group.in_features, dtype=self.dtype)
+        weight = torch.empty(group.out_features, group.in_features, dtype=self.dtype, device=self.device)
         step = _rows(group.in_features)
         for start in range(0, group.out_features, step):
             rows = slice(start, start + step)
@@ -131,7 +135,8 @@ class ReferenceModel:
         """(out, in) fp32: what a scheme adds to the dense weights, or to some rows of them."""
         if self._keeps:
             return self.weight(group, name)[rows] - self.dense_weight(group, rows)
-        return dequantize(self.database.load(group, name, rows=rows)).sub_(self.dense_weight(group, rows))
+        made = dequantize(self.database.load(group, name, rows=rows)).to(self.device)
+        return made.sub_(self.dense_weight(group, rows))
 
     def _set(self, group: LayerGroup, name: str) -> None:
         layers = self.layers[group.name]

@@ -20,6 +20,7 @@ from torch import nn
 from autotune.attention import pack_query_heads
 from autotune.decoder import fuse_decoder_layers
 from autotune.errors import DeviceError, InputError
+from autotune.experts import align_routers, split_experts
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
@@ -27,6 +28,7 @@ from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
+from autotune.place import device_of
 from autotune.plan import Plan
 from autotune.search_space.schemes import scheme
 from autotune.store import new_folder
@@ -43,6 +45,8 @@ _COPIED = (
 def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None = None) -> nn.Module:
     """Put a plan's compressed layers into a transformers model, in place, on the kernels that were timed.
 
+    The model moves to the device of those kernels.
+
     Args:
         model: the model the plan was made for, loaded in the plan's dtype.
         plan: a plan, a plan.json, or a run folder.
@@ -50,14 +54,17 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
 
     Raises:
         InputError: `plan.*`, `apply.weights`, `plan.model_mismatch` when the model's weights are not the plan's.
+        DeviceError: `device.missing` when the plan's kernels need a device that is not here.
     """
     folder, loaded = _plan_and_weights(plan, weights)
+    split_experts(model)
     _check_same_model(model, loaded)
     tensors = _read(folder / WEIGHTS)
     dtype = _DTYPES[loaded.model.dtype]
     groups = _groups(loaded)
     for name, group in groups.items():  # all of them before the first is changed
         _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
+    model.to(device_of(loaded.kernels.values()))
     for name, group in groups.items():
         _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
     quicken(model)
@@ -70,11 +77,13 @@ def load(folder: Path | str) -> nn.Module:
 
     Raises:
         InputError: `plan.*`, `apply.weights`.
+        DeviceError: `device.missing` when the plan's kernels need a device that is not here.
     """
     path = Path(folder)
     path = path / "model" if not (path / WEIGHTS).is_file() and (path / "model" / WEIGHTS).is_file() else path
     plan = Plan.load(path / "plan.json")
     _check_same_plan(path / WEIGHTS, plan)
+    device = device_of(plan.kernels.values())
     tensors = _read(path / WEIGHTS)
     dtype = _DTYPES[plan.model.dtype]
     model = _skeleton(path, plan, dtype)
@@ -87,20 +96,24 @@ def load(folder: Path | str) -> nn.Module:
     missing, unexpected = model.load_state_dict(kept, assign=True, strict=False)
     if tied:
         model.tie_weights()  # type: ignore[operator]
-    for name in [name for name in groups if _is_tied_dense(plan, name)]:
-        _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent or unexpected:
         what = f"missing {absent[:3] or missing[:3]}, unexpected {unexpected[:3]}"
         raise InputError("apply.weights", f"{path / WEIGHTS} does not fit its plan: {what}.", "Save the model again.")
+    model.to(device)
+    for name in [name for name in groups if _is_tied_dense(plan, name)]:
+        _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
     quicken(model)
     keep_large_blocks()
     return model.requires_grad_(False).eval()
 
 
 def quicken(model: nn.Module) -> None:
-    """What is done to any model that runs here, dense or compressed, besides its layer groups: same results but for the
-    order of sums."""
+    """What is done to any model that runs on a CPU, dense or compressed, besides its layer groups: same results but for
+    the order of sums."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return
+    align_routers(model)
     fuse_norms(model)
     pack_query_heads(model)
     fuse_decoder_layers(model)
@@ -120,15 +133,16 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     if plan.model.tied_embeddings:
         tensors = _without_shared(tensors)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, weight in weights.items():
         if name in dense:
             continue
         parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else storage.pack(weight)
         parts |= {"bias": weight.bias} if weight.bias is not None else {}
-        tensors |= {f"{name}::{key}": value.contiguous() for key, value in parts.items() if value is not None}
+        tensors |= {f"{name}::{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
     with new_folder(folder) as temporary:
         for pattern in _COPIED:
             for file in source.glob(pattern):
@@ -226,10 +240,17 @@ def _group_weight(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], mo
 def _install(
     model: nn.Module, plan: Plan, name: str, entries: list[Any], weight: GroupWeight, dtype: torch.dtype
 ) -> None:
+    """One fused group, or one an expert."""
     spec = kernel(plan.kernels[name])
-    group = FusedGroup(entries[0].shape[1], [entry.shape[0] for entry in entries])
-    group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(weight, dtype)))
-    install(model, [entry.module for entry in entries], group)
+    count = next(group.experts for group in plan.groups if group.name == name)
+    size = len(entries) // count
+    rows = sum(entry.shape[0] for entry in entries[:size])
+    for number in range(count):
+        own = entries[number * size : (number + 1) * size]
+        part = weight if count == 1 else weight.part(slice(number * rows, (number + 1) * rows))
+        group = FusedGroup(own[0].shape[1], [entry.shape[0] for entry in own])
+        group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(part, dtype)))
+        install(model, [entry.module for entry in own], group)
 
 
 def _check_same_model(model: nn.Module, plan: Plan) -> None:
@@ -251,7 +272,7 @@ def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeigh
     parts = dequantize(weight).split([entry.shape[0] for entry in entries])
     for entry, stored in zip(entries, parts, strict=True):
         module: Any = model.get_submodule(entry.module)
-        dense = module.weight.detach().float()
+        dense = module.weight.detach().float().to(stored.device)
         dense = dense if dense.shape == stored.shape and not _transposed(model, entry) else dense.t()
         error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
         item = scheme(plan.configuration[entry.group])
@@ -282,6 +303,7 @@ def _skeleton(folder: Path, plan: Plan, dtype: torch.dtype) -> nn.Module:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    split_experts(model)
     return model  # type: ignore[no-any-return]
 
 

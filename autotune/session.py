@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ from autotune.certify import expected_error
 from autotune.compress import methods
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
-from autotune.errors import UsageError
+from autotune.errors import DeviceError, UsageError
 from autotune.model import OpenModel, load_mixed, load_model, load_tokenizer, open_model
+from autotune.place import CPU, Place, place_of
 from autotune.profilers.probe import probe
 from autotune.run import Reporter, RunFolder
 from autotune.search_space import workload as workload_module
@@ -64,6 +66,11 @@ class Session:
         return "bf16" if self.large and self.spec.dtype == "bf16" else "fp32"
 
     @cached_property
+    def place(self) -> Place:
+        """Where models and documents are; for a target elsewhere, losses are measured on the CPU."""
+        return place_of(self.target) if self.local else CPU
+
+    @cached_property
     def documents(self) -> Documents:
         path = Path(self.config.data) if self.config.data else None
         return documents_module.read(
@@ -72,19 +79,22 @@ class Session:
 
     @property
     def calibration_documents(self) -> list[torch.Tensor]:
-        return take(self.documents.calibration, self.config.calibration_tokens, MAX_DOCUMENT_TOKENS)
+        return self._taken(self.documents.calibration, self.config.calibration_tokens, MAX_DOCUMENT_TOKENS)
 
     @property
     def score_documents(self) -> list[torch.Tensor]:
-        return take(self.documents.search, self.config.score_tokens, self.config.score_length)
+        return self._taken(self.documents.search, self.config.score_tokens, self.config.score_length)
 
     @property
     def search_documents(self) -> list[torch.Tensor]:
-        return take(self.documents.search, self.config.search_tokens, self.config.search_length)
+        return self._taken(self.documents.search, self.config.search_tokens, self.config.search_length)
 
     @property
     def certification_documents(self) -> list[torch.Tensor]:
-        return take(self.documents.certification, self.config.certify_tokens, MAX_DOCUMENT_TOKENS)
+        return self._taken(self.documents.certification, self.config.certify_tokens, MAX_DOCUMENT_TOKENS)
+
+    def _taken(self, documents: Sequence[torch.Tensor], tokens: int, length: int) -> list[torch.Tensor]:
+        return self.place.put(take(documents, tokens, length))
 
     @property
     def limit(self) -> float:
@@ -115,6 +125,7 @@ class Session:
         """The dense model in `arithmetic`, for calibration and losses."""
         self.report("load", 0, 1)
         model = load_mixed(self.opened) if self.arithmetic == "bf16" else load_model(self.opened, torch.float32)
+        model.to(self.place.device)
         self.report("load", 1, 1)
         return model
 
@@ -126,6 +137,9 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
     chosen, local = resolve_target(config.target)
     opened = open_model(config.model, config.dtype, config.latency_only)
     _check_length(workload, opened.positions)
+    if local and chosen.device != "cpu" and any(group.experts > 1 for group in opened.spec.groups):
+        what = "the host sends tokens to experts, and a recorded pass cannot wait for it"
+        raise DeviceError("device.experts", f"a mixture of experts cannot be tuned here: {what}.", "Take --target cpu.")
     report("open", 1, 1)
     methods.check(config.compression)
     config = samples.resolve(config, opened.spec)

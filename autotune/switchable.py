@@ -17,7 +17,10 @@ from autotune.kernels.reference import random_weight
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
 from autotune.model import OpenModel, load_model
+from autotune.passes import StaticRequest
+from autotune.place import CPU, Place
 from autotune.plan import Plan
+from autotune.profilers.cuda_timer import Recording, Replayable
 from autotune.profilers.latency import LatencyTable
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.space import SearchSpace
@@ -29,19 +32,33 @@ __all__ = ["ZEROS", "SwitchableModel", "switchable"]
 class SwitchableModel:
     """A transformers model whose layer groups run any packed scheme; `select` switches in place."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, groups: Mapping[str, FusedGroup], resident: bool) -> None:
-        """`resident`: the weights fit the last cache, so a request is run once untimed before it is timed."""
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        groups: Mapping[str, FusedGroup],
+        resident: bool,
+        place: Place = CPU,
+        generated: int = 0,
+    ) -> None:
+        """`groups`: by the name of the part of a layer group that they are. `resident`: the weights fit the last cache,
+        so a request is run once untimed before it is timed. `generated`: tokens that a static cache has room for, where
+        passes are recorded."""
         self.model = model
         self.spec = spec
         self.groups = dict(groups)
-        self._resident = resident
+        self.place = place
+        self._resident, self._generated = resident, generated
+        self._requests: dict[tuple[int, int], StaticRequest] = {}
+        self._recorded: dict[tuple[object, ...], Replayable] = {}
 
     def select(self, configuration: Mapping[str, str]) -> None:
         """Group -> scheme (or `ZEROS`); groups not named become dense."""
-        for name, group in self.groups.items():
-            wanted = configuration.get(name, self.spec.dtype)
-            if group.active != wanted:
-                group.select(wanted)
+        for group in self.spec.groups:
+            wanted = configuration.get(group.name, self.spec.dtype)
+            for part in group.parts:
+                if self.groups[part.name].active != wanted:
+                    self.groups[part.name].select(wanted)
 
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:
@@ -52,6 +69,8 @@ class SwitchableModel:
     @torch.inference_mode()
     def time_request(self, batch: int, prompt: int, steps: int) -> tuple[float, float]:
         """(seconds of the prefill, median seconds of a decode step; 0 without steps)."""
+        if self.place.recording is not None:
+            return self._time_recorded(self.place.recording, batch, prompt, steps)
         ids = torch.arange(batch * prompt).view(batch, prompt) % 97
         if self.spec.task == "encoder":
             return self._timed(lambda: self.model(ids)), 0.0
@@ -68,6 +87,34 @@ class SwitchableModel:
             seconds.append(time.perf_counter() - start)
         return prefill, sorted(seconds[1:])[len(seconds[1:]) // 2] if steps else 0.0
 
+    def _time_recorded(self, recording: Recording, batch: int, prompt: int, steps: int) -> tuple[float, float]:
+        """The same by replays of what each configuration recorded when it was first timed, on the device's clock.
+
+        A decode step is the one right after the prompt: over a static cache all steps cost the same.
+        """
+        shape = (batch, prompt)
+        if shape not in self._requests:
+            room = prompt + max(steps, self._generated)
+            self._requests[shape] = StaticRequest(self.model, batch, prompt, room, self.place.device)
+        request = self._requests[shape]
+        prefill = self._replayable(recording, (*shape, "prefill"), request.prefill)
+        if not steps:
+            return recording.elapsed(prefill.replay), 0.0
+        decode = self._replayable(recording, (*shape, "decode"), request.decode)
+        seconds = sorted(recording.elapsed(decode.replay) for _ in range(steps))
+        return recording.elapsed(prefill.replay), seconds[len(seconds) // 2]
+
+    def _replayable(self, recording: Recording, name: tuple[object, ...], call: Callable[[], object]) -> Replayable:
+        key = (*name, *(group.active for group in self.groups.values()))
+        if key not in self._recorded:
+
+            def once() -> None:
+                call()
+
+            once()  # compile and choose configurations first: nothing of that can be recorded
+            self._recorded[key] = recording.record(once)
+        return self._recorded[key]
+
     def _timed(self, call: Callable[[], object]) -> float:
         if self._resident:
             call()
@@ -78,6 +125,7 @@ class SwitchableModel:
     @torch.inference_mode()
     def continue_prompt(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
         """Greedy continuation of (positions,) ids; returns the new ids only."""
+        ids = ids.to(self.place.device)
         output = self.model.generate(  # type: ignore[operator]
             ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0), max_new_tokens=tokens, do_sample=False
         )
@@ -104,25 +152,30 @@ def switchable(
     weights: WeightDatabase | None,
     last_cache_bytes: int,
     progress: Callable[[int, int], None] | None = None,
+    place: Place = CPU,
 ) -> SwitchableModel:
     """Load the model and pack every usable scheme with its fastest kernel; random codes where there is no database."""
     spec = opened.spec
-    model = load_model(opened)
+    model = load_model(opened).to(place.device)
     runtime.quicken(model)
     groups = {}
     for number, group in enumerate(spec.groups):
-        fused = FusedGroup(group.in_features, [member.out_features for member in group.members])
+        made = [FusedGroup(part.in_features, [member.out_features for member in part.members]) for part in group.parts]
         for entry in space.schemes(group.name):
             choice = table.best(group, entry.scheme, workload)
             assert choice is not None
             item = kernel(choice.kernel)
             weight = _weight(model, group, entry.scheme, spec.dtype, opened.dtype, weights)
-            fused.add(entry.scheme, alternative(item, load_kernel(item).pack(weight, opened.dtype)))
-        install(model, [member.module for member in group.members], fused)
-        groups[group.name] = fused
+            for index, fused in enumerate(made):
+                own = weight if group.experts == 1 else weight.part(group.rows(index))
+                fused.add(entry.scheme, alternative(item, load_kernel(item).pack(own, opened.dtype)))
+        for part, fused in zip(group.parts, made, strict=True):
+            install(model, [member.module for member in part.members], fused)
+            groups[part.name] = fused
         if progress:
             progress(number + 1, len(spec.groups))
-    return SwitchableModel(model, spec, groups, spec.dense_bytes <= 4 * last_cache_bytes)
+    generated = max(request.generated for request in workload.requests)
+    return SwitchableModel(model, spec, groups, spec.dense_bytes <= 4 * last_cache_bytes, place, generated)
 
 
 def _weight(
@@ -141,6 +194,6 @@ def _weight(
             return GroupWeight(name, dense=module.weight.detach(), bias=bias)
         return GroupWeight(name, dense=stacked_weight(model, group).to(dtype), bias=bias)
     if weights is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
         return random_weight(name, group.out_features, group.in_features, dtype, bias is not None, generator)
     return weights.load(group, name, bias)

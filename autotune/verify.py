@@ -1,8 +1,8 @@
 """End-to-end latency of whole configurations on the real kernels, interleaved in one run, and what it says of the sums.
 
 A request is run as `generate` runs it: one prefill that asks for the last position's logits, then decode steps over a
-growing cache. Configurations take turns round by round, so drift of the machine hits all alike; savings are paired
-by round.
+growing cache; on a CUDA device both as graphs over a static cache (`passes`), timed on its clock. Configurations take
+turns round by round, so drift of the machine hits all alike; savings are paired by round.
 """
 
 from __future__ import annotations

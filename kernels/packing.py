@@ -65,14 +65,16 @@ def compress_24(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if inputs % 4:
         raise InputError("packing.pattern", f"{inputs} inputs are not a multiple of 4, as 2:4 needs.")
     quads = movable(codes).contiguous().view(rows, inputs // 4, 4)
-    mask = ((quads != 0).view(torch.int32).squeeze(-1) * _LOWEST_BITS >> 24).bitwise_and_(15)
-    bad = int((_table(_TOO_MANY) >> mask).bitwise_and_(1).sum())
+    own = quads if quads.dtype == codes.dtype else quads.bitwise_and(0x7F)  # of fp8 without the sign: -0.0 is a zero
+    mask = ((own != 0).view(torch.int32).squeeze(-1) * _LOWEST_BITS >> 24).bitwise_and_(15)
+    bad = int((_table(_TOO_MANY, mask.device) >> mask).bitwise_and_(1).sum())
     if bad:
         raise InputError(
             "packing.pattern", f"{bad} groups of four inputs have more than two non-zeros.", "Prune first."
         )
     mask *= 2
-    kept = [(_table(_pairs(places)) >> mask).bitwise_and_(3) for places in (_FIRST, _SECOND)]  # (out, in/4)
+    tables = [_table(_pairs(places), mask.device) for places in (_FIRST, _SECOND)]
+    kept = [(table >> mask).bitwise_and_(3) for table in tables]  # (out, in/4)
     positions = torch.stack(kept, -1)
     word = _WORDS.get(quads.element_size())
     if word is None:
@@ -96,7 +98,7 @@ def expand_24(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         raise InputError("packing.shape", f"{survivors} values do not go with {positions.shape[1]} bytes of positions.")
     index = positions_24(positions, survivors).view(rows, survivors // 2, 2).long()
     source = movable(values)
-    quads = torch.zeros(rows, survivors // 2, 4, dtype=source.dtype)
+    quads = torch.zeros(rows, survivors // 2, 4, dtype=source.dtype, device=source.device)
     quads.scatter_(-1, index, source.view(rows, survivors // 2, 2))
     return quads.view(rows, survivors * 2).view(values.dtype)
 
@@ -127,14 +129,14 @@ def _pairs(values: list[int]) -> int:
     return sum(value << (2 * place) for place, value in enumerate(values))
 
 
-def _table(bits: int) -> torch.Tensor:
+def _table(bits: int, device: torch.device) -> torch.Tensor:
     """32 bits as an int32 that can be shifted by a tensor; the sign is one of them."""
-    return torch.tensor(bits - (1 << 32 if bits >> 31 else 0), dtype=torch.int32)
+    return torch.tensor(bits - (1 << 32 if bits >> 31 else 0), dtype=torch.int32, device=device)
 
 
 def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, inputs = codes.shape
-    words = torch.zeros(rows, -(-inputs // 8), dtype=torch.int32)  # eight codes of at most 4 bits
+    words = torch.zeros(rows, -(-inputs // 8), dtype=torch.int32, device=codes.device)  # eight codes of at most 4 bits
     for place in range(8):
         part = codes[:, place::8]
         words[:, : part.shape[1]] |= part.to(torch.int32) << (bits * place)
@@ -144,10 +146,10 @@ def _pack_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack_unsigned(packed: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     rows, groups = packed.shape[0], -(-inputs // 8)
-    padded = torch.zeros(rows, groups * bits, dtype=torch.uint8)
+    padded = torch.zeros(rows, groups * bits, dtype=torch.uint8, device=packed.device)
     padded[:, : packed.shape[1]] = packed
     padded = padded.view(rows, groups, bits)
-    words = torch.zeros(rows, groups, dtype=torch.int32)
+    words = torch.zeros(rows, groups, dtype=torch.int32, device=packed.device)
     for i in range(bits):
         words |= padded[:, :, i].to(torch.int32) << (8 * i)
     places = [(words >> (bits * place)).bitwise_and_(2**bits - 1).to(torch.int8) for place in range(8)]

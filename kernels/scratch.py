@@ -16,9 +16,11 @@ _local = threading.local()
 def scratch(elements: int, dtype: torch.dtype, device: torch.device, slot: str) -> torch.Tensor:
     """An uninitialized 1-d buffer; its content lasts until the next request of the same slot, dtype and device."""
     buffers = _buffers()
-    key = (slot, dtype, device)
+    key: tuple[object, ...] = (slot, dtype, device)
     held = buffers.get(key)
     if held is None or held.numel() < elements:
+        if held is not None and device.type == "cuda":
+            buffers[("outgrown", len(buffers), *key)] = held  # graphs recorded before go on writing to it
         with torch.inference_mode(False):  # a buffer made under inference mode could not be written outside of it
             held = buffers[key] = torch.empty(elements, dtype=dtype, device=device)
     return held[:elements]
@@ -39,8 +41,8 @@ def poison_scratch() -> None:
         buffer.fill_(float("nan") if buffer.is_floating_point() else 255)
 
 
-def _buffers() -> dict[tuple[str, torch.dtype, torch.device], torch.Tensor]:
+def _buffers() -> dict[tuple[object, ...], torch.Tensor]:
     if not hasattr(_local, "buffers"):
         _local.buffers = {}
-    held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.buffers
+    held: dict[tuple[object, ...], torch.Tensor] = _local.buffers
     return held

@@ -88,7 +88,7 @@ def _pack_scales(scales: torch.Tensor, number: NumberFormat) -> dict[str, torch.
         return {"scales": (scales.log2() + _E8M0_BIAS).to(torch.uint8)}  # exact: powers of two
     if number.scale == "e4m3":
         unit = scale_unit(float(scales.max()))
-        return {"scales": (scales / unit).to(torch.float8_e4m3fn), "unit": torch.tensor([unit])}
+        return {"scales": (scales / unit).to(torch.float8_e4m3fn), "unit": torch.tensor([unit], device=scales.device)}
     return {"scales": scales.to(torch.bfloat16)}  # exact: 8 significant bits
 
 

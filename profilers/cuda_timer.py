@@ -107,6 +107,34 @@ def event_s(call: Call) -> float:
     return float(start.elapsed_time(end)) * 1e-3
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How a call becomes a graph, and how many seconds the device takes for a call of the host's."""
+
+    record: Callable[[Call], Replayable]
+    elapsed: Callable[[Call], float]
+
+
+def on_device() -> Recording:
+    """CUDA graphs, timed by events."""
+    return Recording(recorder(), event_s)
+
+
+def rehearsed() -> Recording:
+    """Where there is no card: a graph is the call itself, timed by the host's clock."""
+
+    class Repeated:
+        def __init__(self, call: Call) -> None:
+            self.replay = call
+
+    def elapsed_s(call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return Recording(Repeated, elapsed_s)
+
+
 class DeviceClock:
     """Seconds that timed replays took on the device; what happens between them does not count."""
 

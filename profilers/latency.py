@@ -96,6 +96,18 @@ def time_jobs(
         yield job, row
 
 
+def remembered(jobs: Sequence[Job], target: Target, memo: Memo) -> Iterator[LatencyRow]:
+    """Rows of jobs that `profile` measured before on this machine as it is now; nothing is measured."""
+    threads = host_threads(target)
+    env = environment.child_env(threads)
+    ledger = _Ledger(
+        memo, environment.short_hash(environment.fingerprint(threads, env, target.device)), DEFAULT, attempts=1
+    )
+    for job in jobs:
+        if (row := ledger.recall(job)) is not None and row.status == "measured":
+            yield row
+
+
 def host_threads(target: Target) -> int:
     """Threads of a measuring process: one a core; beside a CUDA device torch's host side needs few."""
     return target.cores if target.device == "cpu" else min(8, os.cpu_count() or 1)

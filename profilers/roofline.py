@@ -33,11 +33,17 @@ def estimate(job: Job, ceilings: Ceilings) -> LatencyRow:
 
 
 def least_us(job: Job, ceilings: Ceilings) -> float:
+    return max(read_us(job, ceilings), compute_us(job, ceilings)) + ceilings.launch_us
+
+
+def read_us(job: Job, ceilings: Ceilings) -> float:
     working_set = math.inf if job.resident_bytes is None else job.resident_bytes
     weights = packed_weight_bytes(job.scheme, job.shape, job.dtype)
-    read_us = (weights + activation_bytes(job)) / (ceilings.bandwidth(working_set) * 1e3)
-    compute_us = job.operations / (rate(job.kernel, ceilings) * 1e6)
-    return max(read_us, compute_us) + ceilings.launch_us
+    return (weights + activation_bytes(job)) / (ceilings.bandwidth(working_set) * 1e3)
+
+
+def compute_us(job: Job, ceilings: Ceilings) -> float:
+    return job.operations / (rate(job.kernel, ceilings) * 1e6)
 
 
 def activation_bytes(job: Job) -> int:

@@ -22,7 +22,7 @@ class Ceilings:
 
     read_gb_per_s: tuple[tuple[int, float], ...]
     tera_ops: dict[str, float]  # keys: "fp32", "bf16", "int8", "fp8"
-    launch_us: float  # fixed cost of one kernel call
+    launch_us: float  # fixed cost of one kernel call; 0: not known
     source: Literal["datasheet", "measured"] = "datasheet"
     busy: bool = False  # measured while others used the machine: too low to judge a kernel by
 
@@ -37,7 +37,7 @@ class Ceilings:
 @dataclass(frozen=True)
 class Target:
     name: str
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]  # no kernel here runs on mps: such profiles are for `advise`
     model: str  # the vendor's name for it
     features: tuple[str, ...]  # "avx512_vnni", "amx_int8", "neon", "sparse24", "fp8", ...
     cores: int  # physical cores, or SMs

@@ -30,6 +30,7 @@ COMMANDS = [
     "targets",
     "doctor",
     "clean",
+    "advise",
 ]
 
 
@@ -160,6 +161,19 @@ def test_an_unknown_target_exits_3_with_the_nearest(call, home, tmp_path):
     assert_one_clear_message(err, "target.unknown")
     assert "Did you mean 'h100'" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_advice_is_printed_and_written(call, home, tmp_path, monkeypatch):
+    from autotune import advise_command
+
+    monkeypatch.setattr(advise_command, "console", Console(highlight=False, width=200))
+    status, out, _ = call("advise", home / "model", "--target", "h100", "--json", tmp_path / "advice.json")
+    assert status == 0
+    assert "decode is bound by" in out and re.search(r"w8a16-int8 +\d\.\d\dx", out)
+    assert json.loads((tmp_path / "advice.json").read_text())["target"] == "h100"
+    status, _, err = call("advise", home / "model", "--target", "h10")
+    assert status == 3
+    assert_one_clear_message(err, "target.unknown")
 
 
 def test_a_pickled_model_exits_3_with_how_to_convert_it(call, tmp_path, home):

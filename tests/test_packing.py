@@ -53,6 +53,14 @@ def test_24_comes_back(rows, groups, kind, seed):
     assert torch.equal(expand_24(values, positions), values_in)
 
 
+def test_24_takes_a_negative_zero_for_a_zero():
+    """Pruning by a product leaves -0.0 where a negative weight was."""
+    codes = torch.tensor([[1.0, -0.0, -2.0, -0.0, -0.0, -0.0, -0.0, 3.0]])
+    for kind in (torch.float8_e4m3fn, torch.bfloat16):
+        values, positions = compress_24(codes.to(kind))
+        assert torch.equal(expand_24(values, positions).float(), codes)
+
+
 def test_24_positions_rise_and_zeros_fill_up():
     values, positions = compress_24(torch.tensor([[0, 0, 0, 9, 0, 0, 0, 0]], dtype=torch.int8))
     assert values.tolist() == [[0, 9, 0, 0]]

@@ -174,7 +174,7 @@ def test_pieces_of_tokens_change_nothing(references, monkeypatch):
     model, space = references("llama")
     configuration = uniform(space, "w4a16-int4-g32")
     whole = Teacher(model, tiny.tokens(2), (1.0,)).measure(configuration)
-    monkeypatch.setattr("autotune.teacher._CHUNK_ELEMENTS", 256 * 5)
+    monkeypatch.setattr("autotune.teacher.logits_at_a_time", lambda device: 256 * 5)
     monkeypatch.setattr("autotune.teacher._CACHE_BYTES", 0)
     monkeypatch.setattr("autotune.teacher._HELD_BYTES", 0)
     pieces = Teacher(model, tiny.tokens(2), (1.0,)).measure(configuration)

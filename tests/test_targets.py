@@ -94,7 +94,8 @@ def test_shipped_profiles_load_and_are_sane(name):
     assert found.name == name and found.notes and found.ceilings.source == "datasheet"
     sizes, rates = zip(*found.ceilings.read_gb_per_s, strict=True)
     assert list(sizes) == sorted(sizes) and list(rates) == sorted(rates, reverse=True)
-    assert {"fp32", "bf16", "int8"} <= set(found.ceilings.tera_ops)
+    assert {"fp32", "bf16"} <= set(found.ceilings.tera_ops)
+    assert found.device == "mps" or ("int8" in found.ceilings.tera_ops and found.ceilings.launch_us > 0)
     assert target.Target.from_json(found.to_json()) == found
 
 
@@ -103,6 +104,28 @@ def test_hopper(name):
     found = target.load(name)
     assert found.compute_capability == 9.0 and {"sparse24", "fp8"} <= set(found.features)
     assert found.ceilings.tera_ops["bf16"] == 989.0 and found.ceilings.tera_ops["fp8"] == 1979.0
+
+
+@pytest.mark.parametrize(("name", "watts"), [("rtx4090-laptop", 150), ("rtx4070-laptop", 115)])
+def test_a_laptop_says_at_what_power_its_rates_hold(name, watts):
+    """Half of desktop Ada's rates a clock and SM would be wrong, and so would a profile without its limit."""
+    found = target.load(name)
+    assert f"{watts} W" in found.notes and "check them" in found.notes
+    rates = found.ceilings.tera_ops
+    assert rates["bf16"] == pytest.approx(2 * rates["fp32"], 0.01) == pytest.approx(rates["int8"] / 4, 0.01)
+
+
+def test_nothing_can_be_searched_where_no_kernel_runs():
+    from autotune.kernels.spec import KERNELS
+    from autotune.search_space.groups import LayerGroup, Linear
+    from autotune.search_space.rules import legality
+    from autotune.search_space.schemes import SCHEMES
+
+    found = target.load("m4-max-gpu")
+    group = LayerGroup("g", "o", None, (Linear("g", "g", 128, 128, False),))
+    answers = [legality(item, group, "bf16", found, KERNELS, local=False) for item in SCHEMES]
+    assert {answer.status for answer in answers} == {"illegal"}
+    assert all("no mps kernel" in answer.reason for answer in answers)
 
 
 def test_the_shipped_names():

@@ -55,7 +55,7 @@ def quantize(
     """The nearest codes on the best grid."""
     rows, columns = weight.shape
     grid = find_grid(weight, moment, number, keep)
-    codes = torch.empty(rows, columns, dtype=formats.code_type(number))
+    codes = torch.empty(rows, columns, dtype=formats.code_type(number), device=weight.device)
     groups = grid.scales.shape[1]
     for part in _parts(rows, columns, 1):
         chunk = weight[part] if keep is None else weight[part] * keep[part]
@@ -76,7 +76,7 @@ def find_grid(
     unit = 1.0
     if number.scale == "e4m3":
         unit = formats.scale_unit(float(_largest(weight, keep)) / number.qmax)
-    importance = torch.ones(columns) if moment is None else moment.float().clamp_min(1e-12)
+    importance = torch.ones(columns, device=weight.device) if moment is None else moment.float().clamp_min(1e-12)
     importance = importance.view(1, columns // size, size)
     found = []
     for part in _parts(rows, columns, number.rows):

@@ -59,7 +59,7 @@ def _tune_rows(
     zeros = None if grid.zeros is None else grid.zeros.unsqueeze(-1)
     kept = None if keep is None else keep.view_as(grouped)
     offsets, factors = torch.zeros_like(grouped), torch.ones_like(grid.scales)
-    best = torch.full((len(weight), 1, 1), torch.inf)
+    best = torch.full((len(weight), 1, 1), torch.inf, device=weight.device)
     best_levels, best_scales = torch.zeros_like(grouped), grid.scales.clone()
     for number_of_step in range(steps):
         scales = formats.round_scales(grid.scales * factors, number)

@@ -78,7 +78,7 @@ def check(saved: SavedModel) -> None:
     if saved.plan.kv_cache is not None:
         raise InputError("export.unsupported", f"a {saved.plan.kv_cache} KV cache is not exported yet.")
     for group in saved.groups:
-        if _format(group.scheme) is None and not _is_plain(group.scheme):
+        if layout(group.scheme) is None and not is_plain(group.scheme):
             hint = (
                 "What is written holds symmetric 2-, 4- and 8-bit integers and fp8; exclude the scheme with --schemes."
             )
@@ -100,12 +100,12 @@ def _check_fused(groups: tuple[SavedGroup, ...]) -> None:
                     raise InputError("export.unsupported", what, "Let both have one scheme.")
 
 
-def _is_plain(item: Scheme) -> bool:
+def is_plain(item: Scheme) -> bool:
     """True for weights written as ordinary floating-point numbers: dense ones, and 2:4 of the model's own numbers."""
     return item.weight.kind == "float" and item.weight.bits >= 16 and item.activation is None
 
 
-def _format(item: Scheme) -> str | None:
+def layout(item: Scheme) -> str | None:
     """The layout of a quantized scheme, None where there is none."""
     weight, activation = item.weight, item.activation
     if weight.kind == "int" and weight.symmetric and activation is None and weight.bits in PACKABLE_BITS:
@@ -118,13 +118,13 @@ def _format(item: Scheme) -> str | None:
 def _tensors(weight: GroupWeight, item: Scheme, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A layer's tensors by their names in the format. Scales are in the model's dtype, which holds them exactly."""
     tensors = {} if weight.bias is None else {"bias": weight.bias.to(dtype)}
-    layout = _format(item)
-    if layout is None:
+    form = layout(item)
+    if form is None:
         assert weight.dense is not None
         return tensors | {"weight": weight.dense.to(dtype)}
     assert weight.codes is not None and weight.scales is not None
     tensors["weight_scale"] = weight.scales.to(dtype)
-    if layout != "pack-quantized":
+    if form != "pack-quantized":
         return tensors | {"weight": weight.codes}
     shape = torch.tensor(weight.codes.shape, dtype=torch.int64)
     return tensors | {"weight_packed": pack_int32(weight.codes, item.weight.bits), "weight_shape": shape}
@@ -178,12 +178,12 @@ def _quantization_config(groups: tuple[SavedGroup, ...]) -> dict[str, Any] | Non
     ignore = []
     for group in groups:
         modules = [member.module for member in group.members]
-        layout = _format(group.scheme)
-        if layout is None:
+        form = layout(group.scheme)
+        if form is None:
             ignore += modules
             continue
         entry = settings.setdefault(
-            f"{layout} {group.scheme.weight} {group.scheme.activation}", _settings(group.scheme, layout)
+            f"{form} {group.scheme.weight} {group.scheme.activation}", _settings(group.scheme, form)
         )
         entry["targets"] += modules
     if not settings:
@@ -203,13 +203,13 @@ def _quantization_config(groups: tuple[SavedGroup, ...]) -> dict[str, Any] | Non
     }
 
 
-def _settings(item: Scheme, layout: str) -> dict[str, Any]:
+def _settings(item: Scheme, form: str) -> dict[str, Any]:
     weights: dict[str, Any] = _numbers(item.weight, "group" if item.weight.group_size else "channel", dynamic=False)
     if item.weight.group_size:
         weights["group_size"] = item.weight.group_size
     inputs = None if item.activation is None else _numbers(item.activation, "token", dynamic=True)
     return {
-        "format": layout,
+        "format": form,
         "targets": [],
         "weights": weights,
         "input_activations": inputs,

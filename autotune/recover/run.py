@@ -23,7 +23,7 @@ from autotune import planning, verify
 from autotune.certify import Certificate, certify
 from autotune.compress.database import WeightDatabase, serialized
 from autotune.config import RunConfig
-from autotune.errors import UsageError, VerificationError
+from autotune.errors import InputError, UsageError, VerificationError
 from autotune.finalists import Point
 from autotune.finished import reload
 from autotune.kernels.allocator import give_back, keep_large_blocks
@@ -187,6 +187,11 @@ def _job(run: Path, options: Options) -> Job:
 
 def _distillation(job: Job, recipe: Recipe, device: torch.device) -> Distillation:
     spec = job.session.spec
+    if mixed := [group.name for group in spec.groups if group.name in job.groups and group.experts > 1]:
+        what = f"{mixed[0]} is one of {len(mixed)} groups of experts"
+        raise InputError(
+            "recover.experts", f"{what}, which are not trained yet.", "Name a --point that keeps them dense."
+        )
     masters = {
         group.name: Master(job.database.load(group, job.chosen[group.name]), device)
         for group in spec.groups

@@ -61,8 +61,9 @@ def from_documents(
     Raises:
         InputError: `recover.too_few` when they do not fill eight sequences.
     """
-    seen = torch.cat([_hashes(document) for document in held_out]).unique()
-    kept = [document for document in documents if not _among(_hashes(document), seen)]
+    seen = torch.cat([_hashes(document.cpu()) for document in held_out]).unique()
+    here = [document.cpu() for document in documents]
+    kept = [document for document in here if not _among(_hashes(document), seen)]
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()
     stream = torch.cat([kept[place] for place in order]) if kept else torch.empty(0, dtype=torch.long)
     rows = stream[: len(stream) // length * length].view(-1, length)

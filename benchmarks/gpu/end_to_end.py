@@ -30,6 +30,8 @@ CONFIGURATIONS = {
         ("cuda.int4", "w4a16-int4-g128"),
         ("triton.24.w4a16", "2:4+w4a16-int4-g128"),
         ("cuda.fp8", "w8a8-fp8"),
+        ("triton.w8a16.fp8", "w8a16-fp8"),
+        ("triton.fp8.blocks", "w8a8-fp8-128x128"),
         ("cuslt.fp8", "2:4+w8a8-fp8"),
     ),
     "cpu": (("torch.cpu.bf16", "bf16"), ("onednn.w8a8", "w8a8-int8")),
@@ -213,24 +215,31 @@ def _time_phase(
     tokens: int,
     device: str,
 ) -> None:
+    import torch
+
+    from autotune.passes import StaticRequest
+    from autotune.profilers import cuda_timer
     from autotune.profilers.cuda_timer import DeviceClock, Graphed, Watch, capture, is_sticky, per_call
     from autotune.profilers.timer import Protocol, measure
     from autotune.profilers.worker import STICKY_EXIT
 
-    elapsed, record = _timing(device)
-    step = _step(network, batch, tokens, device)
+    recording = cuda_timer.on_device() if device == "cuda" else cuda_timer.rehearsed()
+    prompt = tokens if tokens > 1 else CONTEXT
+    request = StaticRequest(network, batch, prompt, max(CACHE, prompt), torch.device(device))
+    step = request.prefill if tokens > 1 else request.decode
+    if tokens == 1:
+        _fill(request, groups, ready[:1])
     graphs: dict[str, Graphed] = {}
     for kernel, scheme in ready:
         emit({"event": "start", "kernel": kernel, "scheme": scheme})
-        for group in (group for members in groups.values() for group in members):
-            group.select(f"{kernel} {scheme}")
+        _select(groups, f"{kernel} {scheme}")
         try:
-            graphs[f"{kernel} {scheme}"] = capture([step], elapsed, record)
+            graphs[f"{kernel} {scheme}"] = capture([step], recording.elapsed, recording.record)
         except Exception as error:  # whatever an untrusted kernel raises is its own failure
             emit(_failed(phase, kernel, scheme, error))
             if is_sticky(error):
                 os._exit(STICKY_EXIT)
-    clock, watch = DeviceClock(elapsed), Watch()
+    clock, watch = DeviceClock(recording.elapsed), Watch()
     protocol = Protocol(rounds=20, max_rounds=30, warm_s=0.3, sample_s=0.002, max_candidate_s=2.0, max_run_s=15.0)
     if not graphs:
         return
@@ -238,8 +247,7 @@ def _time_phase(
     def starting(name: str) -> None:
         watch.look()
         if device == "cpu":  # there a graph is the model itself, which has to be switched
-            for group in (group for members in groups.values() for group in members):
-                group.select(name)
+            _select(groups, name)
 
     timings = measure({name: clock.timed(graph) for name, graph in graphs.items()}, protocol, None, starting, clock)
     found = []
@@ -250,48 +258,13 @@ def _time_phase(
     emit({"event": "phase", "phase": phase, "rows": batch * tokens, "times": found, "state": str(watch)})
 
 
-def _timing(device: str) -> tuple[Any, Any]:
-    """How to time a replay and how to record one; on the CPU, a replay is the call itself."""
-    from autotune.profilers import cuda_timer
-
-    if device == "cuda":
-        return cuda_timer.event_s, cuda_timer.recorder()
-
-    def elapsed(call: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    class Call:
-        def __init__(self, call: Callable[[], None]) -> None:
-            self.replay = call
-
-    return elapsed, Call
+def _fill(request: Any, groups: dict[str, list[Any]], dense: list[tuple[str, str]]) -> None:
+    """Put the prompt into the cache, by the first configuration that is there."""
+    for kernel, scheme in dense:
+        _select(groups, f"{kernel} {scheme}")
+        request.prefill()
 
 
-def _step(network: Any, batch: int, tokens: int, device: str) -> Callable[[], None]:
-    """One forward pass on fixed inputs: the prompt, or one token after `CONTEXT` others, on a static cache."""
-    import torch
-    from transformers import StaticCache
-
-    generator = torch.Generator(device).manual_seed(0)
-    vocabulary = network.config.vocab_size
-    past = 0 if tokens > 1 else CONTEXT
-    cache = StaticCache(config=network.config, max_cache_len=max(CACHE, tokens))
-    if past:
-        prompt = torch.randint(vocabulary, (batch, past), generator=generator, device=device)
-        network(prompt, past_key_values=cache, cache_position=torch.arange(past, device=device), logits_to_keep=1)
-    ids = torch.randint(vocabulary, (batch, tokens), generator=generator, device=device)
-    place = torch.arange(past, past + tokens, device=device)
-
-    def once() -> None:
-        lengths = [getattr(layer, "cumulative_length", None) for layer in cache.layers]
-        if counters := [length for length in lengths if isinstance(length, torch.Tensor)]:
-            torch._foreach_zero_(counters)  # the cache counts every call, replays too, and would write past its end
-            torch._foreach_add_(counters, past)
-        network(
-            ids, past_key_values=cache, cache_position=place, position_ids=place.unsqueeze(0), use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-
-    return once
+def _select(groups: dict[str, list[Any]], name: str) -> None:
+    for group in (group for members in groups.values() for group in members):
+        group.select(name)

@@ -17,6 +17,7 @@ from autotune.search_space.schemes import NumberFormat
 
 INT8 = NumberFormat("int", 8)
 FP8 = NumberFormat("float", 8)
+FP8_GROUPS = NumberFormat("float", 8, 128)
 
 
 def quantize(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +27,16 @@ def quantize(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torc
 
         return activations.quantize(x, number, rows)
     return quantize_torch(x, number, rows)
+
+
+def quantize_groups(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (m, in) to fp8 codes (max(m, rows), in) and fp32 scales (max(m, rows), in / group), rows adjacent in memory."""
+    if fused():
+        from autotune.kernels.triton import activations
+
+        codes, scales = activations.quantize_groups(x, number, rows)
+        return codes, scales.t()
+    return quantize_groups_torch(x, number, rows)
 
 
 def rescale(
@@ -48,6 +59,13 @@ def quantize_torch(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tupl
         scales = largest.div_(number.qmax)
         codes = x.float().div_(scales).clamp_(-number.qmax, number.qmax).to(torch.float8_e4m3fn)
     return _padded(codes, rows), scales
+
+
+def quantize_groups_torch(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    assert number.group_size is not None
+    more = torch.nn.functional.pad(x, (0, 0, 0, max(0, rows - x.shape[0])))
+    codes, scales = quantize_torch(more.reshape(-1, number.group_size), FP8)
+    return codes.view(more.shape), scales.view(more.shape[0], -1).t().contiguous().t()
 
 
 def rescale_torch(

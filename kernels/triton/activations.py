@@ -47,6 +47,32 @@ def quantize_kernel(
 
 
 @triton.jit
+def quantize_groups_kernel(
+    x: tl.tensor,  # (rows, inputs)
+    codes: tl.tensor,  # (padded, inputs) e4m3
+    scales: tl.tensor,  # (inputs / SIZE, padded) fp32: rows adjacent, as both kernels that read them want
+    rows: tl.int32,
+    padded: tl.int32,
+    inputs: tl.int32,
+    STEPS: tl.constexpr,
+    LEAST: tl.constexpr,
+    SIZE: tl.constexpr,  # inputs that share a scale
+    GROUPS: tl.constexpr,  # of them a program
+) -> None:
+    """fp8 codes with a scale for every group of inputs of a row, in one reading."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    k = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    inside = (k < inputs) & (row < rows)
+    value = tl.load(x + row * inputs + k, inside, 0.0).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), LEAST), tl.zeros([GROUPS], tl.float32) + STEPS)
+    value = tl.div_rn(value, tl.zeros([GROUPS, SIZE], tl.float32) + scale[:, None])
+    value = tl.minimum(tl.maximum(value, -STEPS), STEPS)
+    tl.store(codes + row * inputs + k, value.to(codes.dtype.element_ty), k < inputs)
+    tl.store(scales + group.to(tl.int64) * padded + row, scale, group * SIZE < inputs)
+
+
+@triton.jit
 def rescale_kernel(
     sums: tl.tensor,  # (at least rows, outputs) int32 or bf16
     scales: tl.tensor,  # (rows,) fp32
@@ -83,6 +109,22 @@ def quantize(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torc
     quantize_kernel[(codes.shape[0],)](
         x, codes, scales, m, inputs,
         STEPS=127.5 if integer else number.qmax, LEAST=SMALLEST_AMAX, INTEGER=integer, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return codes, scales
+
+
+def quantize_groups(x: torch.Tensor, number: NumberFormat, rows: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (m, in) to e4m3 codes (max(m, rows), in) and fp32 scales (in / group, max(m, rows)); codes past m are zeros."""
+    from autotune.kernels.reference import SMALLEST_AMAX
+
+    m, inputs = x.shape
+    assert number.group_size is not None
+    padded, groups = max(m, rows), 8
+    codes = torch.empty(padded, inputs, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(inputs // number.group_size, padded, dtype=torch.float32, device=x.device)
+    quantize_groups_kernel[(padded, triton.cdiv(inputs, groups * number.group_size))](
+        x.contiguous(), codes, scales, m, padded, inputs,
+        STEPS=number.qmax, LEAST=SMALLEST_AMAX, SIZE=number.group_size, GROUPS=groups, num_warps=4,
     )  # fmt: skip
     return codes, scales
 

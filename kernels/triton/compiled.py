@@ -34,7 +34,7 @@ _POINTERS = {
     "x": "*bf16", "y": "*bf16", "dense": "*bf16", "bias": "*bf16", "channels": "*fp32", "parts": "*fp32",
     "words": "*i32", "positions": "*i32", "places": "*i32",
 }  # fmt: skip
-_WHOLE = ("rows", "outputs", "inputs", "count")  # arguments that are numbers
+_WHOLE = ("rows", "padded", "outputs", "inputs", "count")  # arguments that are numbers
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def shared_variants() -> Iterator[Variant]:
             f"quantize {codes}", activations.quantize_kernel, plain, False, sizes, codes=codes, scales="*fp32"
         )
         yield item if integer else replace(item, least_capability=8.9)  # before 8.9 there is no fp8 to convert to
+    sizes = {"STEPS": 448.0, "LEAST": 1e-30, "SIZE": 128, "GROUPS": 8}
+    grouped = Config(0, 0, warps=4)
+    function = activations.quantize_groups_kernel
+    item = _variant("quantize groups", function, grouped, False, sizes, codes="*fp8e4nv", scales="*fp32")
+    yield replace(item, least_capability=8.9)
     for sums in ("*i32", "*bf16"):
         sizes = {"SCALED": True, "BIASED": True, "BLOCK": 1024}
         yield _variant(f"rescale {sums}", activations.rescale_kernel, plain, False, sizes, sums=sums, scales="*fp32")
@@ -150,17 +155,27 @@ def _w8a8(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
             yield _variant(name, module.multiply_kernel, config, True, sizes, x="*i8", w="*i8", scales="*fp32")
 
 
-def _decode(module: Any, everything: bool, step: str, extra: dict[str, Any], **pointers: str) -> Iterator[Variant]:
+def _fp8_blocks(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
+    pointers = {"x": "*fp8e4nv", "w": "*fp8e4nv", "scales": "*fp32", "blocks": "*fp32"}
+    for configs in (module.NARROW, module.MIDDLE, module.WIDE):
+        for config in configs if everything else configs[:1]:
+            sizes = {"BIASED": True, "BM": config.rows, "BN": config.outputs, "BK": config.steps, "WIDE": False}
+            name = f"fp8 blocks {config.rows} rows"
+            item = _variant(name, module.multiply_kernel, config, True, sizes, **pointers)
+            yield replace(item, least_capability=8.9)
+
+
+def _decode(module: Any, everything: bool, extra: dict[str, Any], **pointers: str) -> Iterator[Variant]:
     """One-row, few-rows and unpacking functions of a weight-only kernel."""
     name = module.__name__.rpartition(".")[2]
     for config in module.configs(1) if everything else module.configs(1)[:1]:
-        sizes = {"BIASED": True, "SPLITS": config.splits, "BN": config.outputs, step: config.steps, **extra}
+        sizes = {"BIASED": True, "SPLITS": config.splits, "BN": config.outputs, "BK": config.steps, **extra}
         sizes |= {"STAGES": config.stages}
         out = "*bf16" if config.splits == 1 else "*fp32"
         yield _variant(f"{name} 1 row", module.one_row_kernel, config, False, sizes, **pointers, y=out)
     for rows in (16, 32, 64) if everything else (16,):
         for config in module.configs(rows) if everything else module.configs(rows)[:1]:
-            sizes = {"BIASED": True, "SPLITS": config.splits, "BN": config.outputs, step: config.steps, **extra}
+            sizes = {"BIASED": True, "SPLITS": config.splits, "BN": config.outputs, "BK": config.steps, **extra}
             sizes |= {"BM": rows, "WIDE": False}
             out = "*bf16" if config.splits == 1 else "*fp32"
             yield _variant(f"{name} {rows} rows", module.few_rows_kernel, config, True, sizes, **pointers, y=out)
@@ -170,26 +185,27 @@ def _decode(module: Any, everything: bool, step: str, extra: dict[str, Any], **p
 
 
 def _w8a16(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
-    yield from _decode(module, everything, "BK", {}, w="*i8")
+    yield from _decode(module, everything, {"FLOAT": "fp8" in scheme}, w="*i8")
 
 
 def _w4a16(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
     for eighth in (16, 8, 4) if everything else (16,):
-        yield from _decode(module, everything, "BW", {"EIGHTH": eighth}, scales="*bf16")
+        yield from _decode(module, everything, {"EIGHTH": eighth}, scales="*bf16")
 
 
 def _sparse24(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
     scaled = "int8" in scheme
     kind = "*i8" if scaled else "*bf16"
-    yield from _decode(module, everything, "BW", {"SCALED": scaled}, first=kind, second=kind)
+    yield from _decode(module, everything, {"SCALED": scaled}, first=kind, second=kind)
 
 
 def _sparse24_int4(module: Any, scheme: str, everything: bool) -> Iterator[Variant]:
-    yield from _decode(module, everything, "BW", {}, first="*i32", second="*i32", scales="*bf16")
+    yield from _decode(module, everything, {}, first="*i32", second="*i32", scales="*bf16")
 
 
 _VARIANTS = {
     "w8a8": _w8a8,
+    "fp8_blocks": _fp8_blocks,
     "w8a16": _w8a16,
     "w4a16": _w4a16,
     "sparse24": _sparse24,

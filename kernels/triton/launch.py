@@ -18,8 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
+from autotune.kernels.scratch import scratch
+from autotune.kernels.spec import Packed
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_FUSED_ROWS = 64  # beyond, weight-only kernels unpack to a scratch matrix and leave the product to cuBLAS
+UNPACK_BLOCK = 256  # outputs that a program unpacks
 _REPEATS = 5
 _chosen: dict[tuple[object, ...], int] = {}
 
@@ -201,6 +205,58 @@ def summed(
     launch(parts)
     finish(parts, channels, bias, y)
     return y
+
+
+def multiply(
+    functions: tuple[Any, Any],
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    packed: Packed,
+    count: int,
+    channels: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    configs: Sequence[Config],
+    **constants: object,
+) -> torch.Tensor:
+    """x W^T + b of a weight-only kernel for few rows, in the configuration that is fastest for the shape.
+
+    Args:
+        functions: for one row, and for a tile of rows. Both take (x, *weights, bias, y, [rows,] outputs, count).
+        count: steps of the inputs, in what configurations count them in.
+        channels: scales of the outputs, where the function leaves them to the end.
+        constants: what the functions want besides tiles, splits and stages.
+    """
+    rows, outputs = x.shape[0], packed.out_features
+    x, given = x.contiguous(), weights[-1] if bias is None else bias
+
+    def launch(config: Config) -> torch.Tensor:
+        common = {**constants, "BIASED": bias is not None, "SPLITS": config.splits, "BN": config.outputs}
+        common |= {"BK": config.steps, "num_warps": config.warps, "num_stages": config.stages}
+        grid = (triton.cdiv(outputs, config.outputs), config.splits)
+
+        def kernel(y: torch.Tensor) -> None:
+            if rows == 1:
+                functions[0][grid](x, *weights, given, y, outputs, count, STAGES=config.stages, **common)
+            else:
+                sizes = {"BM": tile_rows(rows), "WIDE": INTERPRETED, **common}
+                functions[1][grid](x, *weights, given, y, rows, outputs, count, **sizes)
+
+        return summed(kernel, rows, outputs, config, channels, bias, packed.dtype, x.device)
+
+    kind = (functions[0], weights[0].dtype, *sorted(constants.items()))
+    key = (*kind, outputs, count, 1 if rows == 1 else tile_rows(rows), x.device)
+    return launch(pick(key, splits_that_fit(configs, count), launch))
+
+
+def through_dense(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b for many rows, with W^T (in, out) unpacked."""
+    return x @ dense if bias is None else torch.addmm(bias, x, dense)
+
+
+def transposed_scratch(packed: Packed, device: torch.device) -> torch.Tensor:
+    """Where W^T (in, out) is unpacked to: shared by all layers."""
+    shape = (packed.in_features, packed.out_features)
+    return scratch(shape[0] * shape[1], packed.dtype, device, "weight").view(shape)
 
 
 def held_bytes(*parts: Any) -> int:

@@ -14,22 +14,20 @@ import triton
 import triton.language as tl
 
 from autotune.kernels.reference import canonical
-from autotune.kernels.scratch import scratch
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.launch import (
-    INTERPRETED,
     MOST_FUSED_ROWS,
+    UNPACK_BLOCK,
     Config,
     held_bytes,
     home,
-    pick,
+    multiply,
     product,
-    splits_that_fit,
     store_row,
     store_tile,
-    summed,
-    tile_rows,
+    through_dense,
     tiles_that_fit,
+    transposed_scratch,
 )
 from autotune.kernels.triton.survivors import survivors
 
@@ -64,13 +62,13 @@ def one_row_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.where(n < outputs, n, 0)
-    lane = tl.arange(0, BW)
-    sums = tl.zeros([BW, BN], tl.float32)
-    for start in tl.range(tl.program_id(1) * BW, count, SPLITS * BW, num_stages=STAGES):
+    lane = tl.arange(0, BK)
+    sums = tl.zeros([BK, BN], tl.float32)
+    for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
         place = tl.load(positions + word[:, None] * outputs + at[None, :], inside[:, None], 0)
@@ -106,15 +104,15 @@ def few_rows_kernel(
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.where(n < outputs, n, 0)
-    m, lane = tl.arange(0, BM), tl.arange(0, BW)
+    m, lane = tl.arange(0, BM), tl.arange(0, BK)
     inputs = count * 32
     sums = tl.zeros([BM, BN], tl.float32)
-    for start in range(tl.program_id(1) * BW, count, SPLITS * BW):
+    for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
         valid = (m < rows)[:, None] & inside[None, :]
@@ -181,33 +179,11 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     first, second, positions, channels, bias = packed.data
-    rows, outputs = x.shape[0], packed.out_features
-    x = x.contiguous()
-    if rows > MOST_FUSED_ROWS:
-        dense = unpacked(packed)
-        return x @ dense if bias is None else torch.addmm(bias, x, dense)
+    if x.shape[0] > MOST_FUSED_ROWS:
+        return through_dense(x, unpacked(packed), bias)
     weights = (first, second, positions, positions if channels is None else channels)
-    given = positions if bias is None else bias
-
-    def launch(config: Config) -> torch.Tensor:
-        common = {"SCALED": channels is not None, "BIASED": bias is not None, "SPLITS": config.splits}
-        common |= {"BN": config.outputs, "BW": config.steps, "num_warps": config.warps, "num_stages": config.stages}
-        grid = (triton.cdiv(outputs, config.outputs), config.splits)
-
-        def kernel(y: torch.Tensor) -> None:
-            if rows == 1:
-                one_row_kernel[grid](x, *weights, given, y, outputs, positions.shape[0], STAGES=config.stages, **common)
-            else:
-                few_rows_kernel[grid](
-                    x, *weights, given, y, rows, outputs, positions.shape[0],
-                    BM=tile_rows(rows), WIDE=INTERPRETED, **common,
-                )  # fmt: skip
-
-        return summed(kernel, rows, outputs, config, channels, bias, packed.dtype, x.device)
-
-    fitting = splits_that_fit(configs(rows), positions.shape[0])
-    key = ("sparse24", first.dtype, outputs, positions.shape[0], 1 if rows == 1 else tile_rows(rows), x.device)
-    return launch(pick(key, fitting, launch))
+    kinds, chosen, scaled = (one_row_kernel, few_rows_kernel), configs(x.shape[0]), channels is not None
+    return multiply(kinds, x, weights, packed, positions.shape[0], channels, bias, chosen, SCALED=scaled)
 
 
 def configs(rows: int) -> tuple[Config, ...]:
@@ -217,11 +193,9 @@ def configs(rows: int) -> tuple[Config, ...]:
 def unpacked(packed: Packed) -> torch.Tensor:
     """W^T (in, out) in the scratch buffer."""
     first, second, positions, channels, _ = packed.data
-    shape = (packed.in_features, packed.out_features)
-    dense = scratch(shape[0] * shape[1], packed.dtype, first.device, "weight").view(shape)
-    block = 256
-    unpack_kernel[(positions.shape[0], triton.cdiv(shape[1], block))](
-        first, second, positions, positions if channels is None else channels, dense, shape[1], positions.shape[0],
-        SCALED=channels is not None, BLOCK=block,
+    dense, count = transposed_scratch(packed, first.device), positions.shape[0]
+    unpack_kernel[(count, triton.cdiv(packed.out_features, UNPACK_BLOCK))](
+        first, second, positions, positions if channels is None else channels, dense, packed.out_features, count,
+        SCALED=channels is not None, BLOCK=UNPACK_BLOCK,
     )  # fmt: skip
     return dense

@@ -13,22 +13,20 @@ import triton
 import triton.language as tl
 
 from autotune.kernels.reference import canonical
-from autotune.kernels.scratch import scratch
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.launch import (
-    INTERPRETED,
     MOST_FUSED_ROWS,
+    UNPACK_BLOCK,
     Config,
     held_bytes,
     home,
-    pick,
+    multiply,
     product,
-    splits_that_fit,
     store_row,
     store_tile,
-    summed,
-    tile_rows,
+    through_dense,
     tiles_that_fit,
+    transposed_scratch,
 )
 from autotune.kernels.triton.survivors import survivors
 
@@ -81,13 +79,13 @@ def one_row_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.where(n < outputs, n, 0)
-    lane = tl.arange(0, BW)
-    sums = tl.zeros([BW, BN], tl.float32)
-    for start in tl.range(tl.program_id(1) * BW, count, SPLITS * BW, num_stages=STAGES):
+    lane = tl.arange(0, BK)
+    sums = tl.zeros([BK, BN], tl.float32)
+    for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
         at = word[:, None] * outputs + column[None, :]
@@ -96,8 +94,8 @@ def one_row_kernel(
         where = tl.load(places + at, inside[:, None], 0, eviction_policy="evict_first")
         scale = tl.load(scales + (word // 4)[:, None] * outputs + column[None, :], inside[:, None], 0.0)
         x_at = x + word // 4 * 128 + word % 4 * 4
-        part = tl.zeros([BW, BN], tl.float32)
-        total = tl.zeros([BW], tl.float32)
+        part = tl.zeros([BK, BN], tl.float32)
+        total = tl.zeros([BK], tl.float32)
         for j in tl.static_range(4):
             packed = expand(a, b, where, j)
             for s in tl.static_range(8):
@@ -125,16 +123,16 @@ def few_rows_kernel(
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
     """A tile spans several scale groups: scales go on the weights, which then round to bf16."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.where(n < outputs, n, 0)
-    m, lane = tl.arange(0, BM), tl.arange(0, BW)
+    m, lane = tl.arange(0, BM), tl.arange(0, BK)
     inputs = count * 32
     sums = tl.zeros([BM, BN], tl.float32)
-    for start in range(tl.program_id(1) * BW, count, SPLITS * BW):
+    for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
         at = word[:, None] * outputs + column[None, :]
@@ -203,31 +201,11 @@ def _words(nibbles: torch.Tensor) -> torch.Tensor:
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    first, second, places, scales, bias = packed.data
-    rows, outputs, count = x.shape[0], packed.out_features, packed.in_features // 32
-    x = x.contiguous()
-    if rows > MOST_FUSED_ROWS:
-        dense = unpacked(packed)
-        return x @ dense if bias is None else torch.addmm(bias, x, dense)
-    given = scales if bias is None else bias
-
-    def launch(config: Config) -> torch.Tensor:
-        common = {"BIASED": bias is not None, "SPLITS": config.splits, "BN": config.outputs, "BW": config.steps}
-        common |= {"num_warps": config.warps, "num_stages": config.stages}
-        grid = (triton.cdiv(outputs, config.outputs), config.splits)
-
-        def kernel(y: torch.Tensor) -> None:
-            weights = (first, second, places, scales, given, y)
-            if rows == 1:
-                one_row_kernel[grid](x, *weights, outputs, count, STAGES=config.stages, **common)
-            else:
-                few_rows_kernel[grid](x, *weights, rows, outputs, count, BM=tile_rows(rows), WIDE=INTERPRETED, **common)
-
-        return summed(kernel, rows, outputs, config, None, bias, packed.dtype, x.device)
-
-    fitting = splits_that_fit(configs(rows), count)
-    key = ("sparse24_int4", outputs, count, 1 if rows == 1 else tile_rows(rows), x.device)
-    return launch(pick(key, fitting, launch))
+    *weights, bias = packed.data
+    if x.shape[0] > MOST_FUSED_ROWS:
+        return through_dense(x, unpacked(packed), bias)
+    kinds, chosen = (one_row_kernel, few_rows_kernel), configs(x.shape[0])
+    return multiply(kinds, x, tuple(weights), packed, packed.in_features // 32, None, bias, chosen)
 
 
 def configs(rows: int) -> tuple[Config, ...]:
@@ -237,10 +215,7 @@ def configs(rows: int) -> tuple[Config, ...]:
 def unpacked(packed: Packed) -> torch.Tensor:
     """W^T (in, out) in the scratch buffer."""
     first, second, places, scales, _ = packed.data
-    shape = (packed.in_features, packed.out_features)
-    dense = scratch(shape[0] * shape[1], packed.dtype, first.device, "weight").view(shape)
-    block = 256
-    unpack_kernel[(first.shape[0], triton.cdiv(shape[1], block))](
-        first, second, places, scales, dense, shape[1], BLOCK=block
-    )
+    dense = transposed_scratch(packed, first.device)
+    grid = (first.shape[0], triton.cdiv(packed.out_features, UNPACK_BLOCK))
+    unpack_kernel[grid](first, second, places, scales, dense, packed.out_features, BLOCK=UNPACK_BLOCK)
     return dense

@@ -15,21 +15,19 @@ import triton
 import triton.language as tl
 
 from autotune.kernels.reference import canonical
-from autotune.kernels.scratch import scratch
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.launch import (
-    INTERPRETED,
     MOST_FUSED_ROWS,
+    UNPACK_BLOCK,
     Config,
     held_bytes,
     home,
-    pick,
+    multiply,
     product,
-    splits_that_fit,
     store_row,
     store_tile,
-    summed,
-    tile_rows,
+    through_dense,
+    transposed_scratch,
 )
 
 # `steps` counts words of 8 inputs.
@@ -63,13 +61,13 @@ def one_row_kernel(
     STAGES: tl.constexpr,
     EIGHTH: tl.constexpr,  # words of a group
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.where(n < outputs, n, 0)
-    lane = tl.arange(0, BW)
-    sums = tl.zeros([BW, BN], tl.float32)
-    for start in tl.range(tl.program_id(1) * BW, count, SPLITS * BW, num_stages=STAGES):
+    lane = tl.arange(0, BK)
+    sums = tl.zeros([BK, BN], tl.float32)
+    for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
         packed = tl.load(
@@ -77,8 +75,8 @@ def one_row_kernel(
         )
         scale = tl.load(scales + (word // EIGHTH)[:, None] * outputs + at[None, :], inside[:, None], 0.0)
         x_at = x + word // EIGHTH * (8 * EIGHTH) + word % EIGHTH
-        part = tl.zeros([BW, BN], tl.float32)
-        total = tl.zeros([BW], tl.float32)
+        part = tl.zeros([BK, BN], tl.float32)
+        total = tl.zeros([BK], tl.float32)
         for s in tl.static_range(8):
             value = tl.load(x_at + s * EIGHTH, inside, 0.0).to(tl.float32)
             bits = packed << (16 - 4 * s) if s < 4 else packed >> (4 * s - 16)
@@ -103,17 +101,17 @@ def few_rows_kernel(
     EIGHTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BK: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
     """Where a tile is one group, its scale goes on the sums; else it goes on the weights, which then round to bf16."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     at = tl.where(n < outputs, n, 0)
-    m, lane = tl.arange(0, BM), tl.arange(0, BW)
+    m, lane = tl.arange(0, BM), tl.arange(0, BK)
     in_m = m < rows
     inputs = count * 8
     sums = tl.zeros([BM, BN], tl.float32)
-    for start in range(tl.program_id(1) * BW, count, SPLITS * BW):
+    for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
         packed = tl.load(
@@ -121,7 +119,7 @@ def few_rows_kernel(
         )
         x_at = x + m[:, None] * inputs + (word // EIGHTH * (8 * EIGHTH) + word % EIGHTH)[None, :]
         valid = in_m[:, None] & inside[None, :]
-        if BW == EIGHTH:
+        if BK == EIGHTH:
             part = tl.zeros([BM, BN], tl.float32)
             total = tl.zeros([BM], tl.float32)
             for s in tl.static_range(8):
@@ -186,32 +184,10 @@ def nibbles_of(codes: torch.Tensor, eighth: int) -> torch.Tensor:
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     words, scales, bias, eighth = packed.data
-    rows, outputs = x.shape[0], packed.out_features
-    x = x.contiguous()
-    if rows > MOST_FUSED_ROWS:
-        dense = unpacked(packed)
-        return x @ dense if bias is None else torch.addmm(bias, x, dense)
-    given = scales if bias is None else bias
-
-    def launch(config: Config) -> torch.Tensor:
-        common = {"BIASED": bias is not None, "SPLITS": config.splits, "EIGHTH": eighth}
-        common |= {"BN": config.outputs, "BW": config.steps, "num_warps": config.warps, "num_stages": config.stages}
-        grid = (triton.cdiv(outputs, config.outputs), config.splits)
-
-        def kernel(y: torch.Tensor) -> None:
-            arguments = (outputs, words.shape[0])
-            if rows == 1:
-                one_row_kernel[grid](x, words, scales, given, y, *arguments, STAGES=config.stages, **common)
-            else:
-                few_rows_kernel[grid](
-                    x, words, scales, given, y, rows, *arguments, BM=tile_rows(rows), WIDE=INTERPRETED, **common
-                )
-
-        return summed(kernel, rows, outputs, config, None, bias, packed.dtype, x.device)
-
-    fitting = splits_that_fit(configs(rows), words.shape[0])
-    key = ("w4a16", outputs, words.shape[0], eighth, 1 if rows == 1 else tile_rows(rows), x.device)
-    return launch(pick(key, fitting, launch))
+    if x.shape[0] > MOST_FUSED_ROWS:
+        return through_dense(x, unpacked(packed), bias)
+    kinds, chosen = (one_row_kernel, few_rows_kernel), configs(x.shape[0])
+    return multiply(kinds, x, (words, scales), packed, words.shape[0], None, bias, chosen, EIGHTH=eighth)
 
 
 def configs(rows: int) -> tuple[Config, ...]:
@@ -221,10 +197,7 @@ def configs(rows: int) -> tuple[Config, ...]:
 def unpacked(packed: Packed) -> torch.Tensor:
     """W^T (in, out) in the scratch buffer."""
     words, scales, _, eighth = packed.data
-    shape = (packed.in_features, packed.out_features)
-    dense = scratch(shape[0] * shape[1], packed.dtype, words.device, "weight").view(shape)
-    block = 256
-    unpack_kernel[(words.shape[0], triton.cdiv(shape[1], block))](
-        words, scales, dense, shape[1], EIGHTH=eighth, BLOCK=block
-    )
+    dense = transposed_scratch(packed, words.device)
+    grid = (words.shape[0], triton.cdiv(packed.out_features, UNPACK_BLOCK))
+    unpack_kernel[grid](words, scales, dense, packed.out_features, EIGHTH=eighth, BLOCK=UNPACK_BLOCK)
     return dense

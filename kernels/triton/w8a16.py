@@ -1,8 +1,9 @@
-"""int8 weights, activations left alone: decode reads half the bytes of bf16 and multiplies in fp32 or on bf16 tiles.
+"""int8 or fp8 weights, activations left alone: decode reads half of bf16's bytes and multiplies in fp32 or bf16 tiles.
 
 One row multiplies and adds in fp32, without tensor cores; up to 64 rows go through bf16 tiles, into which codes convert
 exactly; more rows unpack W^T into a scratch matrix for cuBLAS. One packed copy, the plain codes (out, in), serves all.
-Not yet run on a card.
+e4m3 codes become numbers without an instruction for it, so that Ampere runs them too: their seven lower bits put into
+those of an fp32 number make one 2^120 times too small, exact down to e4m3's subnormal numbers. Not yet run on a card.
 """
 
 from __future__ import annotations
@@ -15,18 +16,14 @@ from autotune.kernels.reference import canonical
 from autotune.kernels.scratch import scratch
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.launch import (
-    INTERPRETED,
     MOST_FUSED_ROWS,
     Config,
     held_bytes,
     home,
-    pick,
+    multiply,
     product,
-    splits_that_fit,
     store_row,
     store_tile,
-    summed,
-    tile_rows,
 )
 
 ONE_ROW = (
@@ -45,15 +42,26 @@ FEW_ROWS = (
 
 
 @triton.jit
+def number_of(codes: tl.tensor, FLOAT: tl.constexpr) -> tl.tensor:
+    """fp32 numbers of int8 codes, or of e4m3 codes read as int8."""
+    if FLOAT:
+        bits = codes.to(tl.int32)
+        bits = ((bits & 0x7F) << 20) | (bits & -2147483648)  # the sign of a code is that of its int32
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return codes.to(tl.float32)
+
+
+@triton.jit
 def one_row_kernel(
     x: tl.tensor,  # (inputs,) bf16
-    w: tl.tensor,  # (outputs, inputs) int8
+    w: tl.tensor,  # (outputs, inputs) int8, also of e4m3 codes
     channels: tl.tensor,  # (outputs,) fp32
     bias: tl.tensor,  # (outputs,)
     y: tl.tensor,
     outputs: tl.int32,
     inputs: tl.int32,
     BIASED: tl.constexpr,
+    FLOAT: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     BN: tl.constexpr,
@@ -68,14 +76,14 @@ def one_row_kernel(
         inside = k < inputs
         values = tl.load(x + k, inside, 0.0).to(tl.float32)
         codes = tl.load(w_at + k[None, :], inside[None, :], 0, eviction_policy="evict_first")
-        sums += codes.to(tl.float32) * values[None, :]
+        sums += number_of(codes, FLOAT) * values[None, :]
     store_row(tl.sum(sums, 1), y, channels, bias, n, outputs, SPLITS, True, BIASED)
 
 
 @triton.jit
 def few_rows_kernel(
     x: tl.tensor,  # (rows, inputs) bf16
-    w: tl.tensor,  # (outputs, inputs) int8
+    w: tl.tensor,
     channels: tl.tensor,  # (outputs,) fp32
     bias: tl.tensor,  # (outputs,)
     y: tl.tensor,
@@ -83,6 +91,7 @@ def few_rows_kernel(
     outputs: tl.int32,
     inputs: tl.int32,
     BIASED: tl.constexpr,
+    FLOAT: tl.constexpr,
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -99,22 +108,23 @@ def few_rows_kernel(
         inside = k < inputs
         a = tl.load(x_at + k[None, :], inside[None, :], 0.0)
         b = tl.load(w_at + k[:, None], inside[:, None], 0, eviction_policy="evict_first")
-        sums = product(a, b.to(tl.float32).to(tl.bfloat16), sums, WIDE)
+        sums = product(a, number_of(b, FLOAT).to(tl.bfloat16), sums, WIDE)
     store_tile(sums, y, channels, bias, m, n, rows, outputs, SPLITS, True, BIASED)
 
 
 @triton.jit
 def unpack_kernel(
-    w: tl.tensor,  # (outputs, inputs) int8
+    w: tl.tensor,
     channels: tl.tensor,  # (outputs,) fp32
     dense: tl.tensor,  # (outputs, inputs) bf16
     inputs: tl.int32,
+    FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < inputs
-    value = tl.load(w + n * inputs + k, inside, 0).to(tl.float32) * tl.load(channels + n)
+    value = number_of(tl.load(w + n * inputs + k, inside, 0), FLOAT) * tl.load(channels + n)
     tl.store(dense + n * inputs + k, value.to(tl.bfloat16), inside)
 
 
@@ -129,30 +139,11 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     w, channels, bias = packed.data
-    rows, inputs, outputs = x.shape[0], packed.in_features, packed.out_features
-    x = x.contiguous()
-    if rows > MOST_FUSED_ROWS:
+    if x.shape[0] > MOST_FUSED_ROWS:
         return torch.nn.functional.linear(x, unpacked(packed), bias)
-    given = channels if bias is None else bias
-
-    def launch(config: Config) -> torch.Tensor:
-        common = {"BIASED": bias is not None, "SPLITS": config.splits, "BN": config.outputs, "BK": config.steps}
-        common |= {"num_warps": config.warps, "num_stages": config.stages}
-        grid = (triton.cdiv(outputs, config.outputs), config.splits)
-
-        def kernel(y: torch.Tensor) -> None:
-            if rows == 1:
-                one_row_kernel[grid](x, w, channels, given, y, outputs, inputs, STAGES=config.stages, **common)
-            else:
-                few_rows_kernel[grid](
-                    x, w, channels, given, y, rows, outputs, inputs, BM=tile_rows(rows), WIDE=INTERPRETED, **common
-                )
-
-        return summed(kernel, rows, outputs, config, channels, bias, packed.dtype, x.device)
-
-    fitting = splits_that_fit(configs(rows), inputs)
-    key = ("w8a16", outputs, inputs, 1 if rows == 1 else tile_rows(rows), x.device)
-    return launch(pick(key, fitting, launch))
+    codes, kinds, floating = w.view(torch.int8), (one_row_kernel, few_rows_kernel), w.dtype != torch.int8
+    chosen = configs(x.shape[0])
+    return multiply(kinds, x, (codes, channels), packed, packed.in_features, channels, bias, chosen, FLOAT=floating)
 
 
 def configs(rows: int) -> tuple[Config, ...]:
@@ -164,5 +155,7 @@ def unpacked(packed: Packed) -> torch.Tensor:
     w, channels, _ = packed.data
     dense = scratch(w.numel(), packed.dtype, w.device, "weight").view(w.shape)
     block = 1024
-    unpack_kernel[(w.shape[0], triton.cdiv(w.shape[1], block))](w, channels, dense, w.shape[1], BLOCK=block)
+    unpack_kernel[(w.shape[0], triton.cdiv(w.shape[1], block))](
+        w.view(torch.int8), channels, dense, w.shape[1], FLOAT=w.dtype != torch.int8, BLOCK=block
+    )
     return dense

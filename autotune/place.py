@@ -1,0 +1,72 @@
+"""Where a target's models, packed weights and documents live, and how its passes are timed: decided here, nowhere else.
+
+On a CUDA device a pass is recorded as a graph and replayed: launched one by one from Python, operators take so long
+that no kernel's gain would show. A CPU runs its passes as they are. For a target that is not this machine losses are
+measured on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autotune.errors import DeviceError
+from autotune.kernels.spec import kernel
+from autotune.profilers import cuda_timer
+from autotune.profilers.cuda_timer import Recording
+from autotune.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Place:
+    """`recording`: how a pass becomes a graph, and how long the device takes for it; None: passes run as they are."""
+
+    device: torch.device
+    recording: Recording | None = None
+
+    def put(self, documents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [document.to(self.device) for document in documents]
+
+    def make_room(self) -> None:
+        """Return memory that nothing uses any more to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+CPU = Place(torch.device("cpu"))
+
+
+def logits_at_a_time(device: torch.device) -> int:
+    """How many logits to compare at a time: on a CPU as many as stay in cache (4x faster than a document at once);
+    elsewhere so many that launches do not count."""
+    return 2**17 if device.type == "cpu" else 2**26
+
+
+def place_of(target: Target) -> Place:
+    """Of a target that is this machine.
+
+    Raises:
+        DeviceError: `device.missing`.
+    """
+    if target.device == "cpu":
+        return CPU
+    if target.device != "cuda" or not torch.cuda.is_available():
+        hint = "Run on that machine, or search for it from here by naming its profile with --target."
+        raise DeviceError("device.missing", f"{target.name} is a {target.device} device, and there is none here.", hint)
+    return Place(torch.device("cuda:0"), cuda_timer.on_device())
+
+
+def device_of(kernels: Iterable[str]) -> torch.device:
+    """Where a model that runs these kernels lives.
+
+    Raises:
+        DeviceError: `device.missing`.
+    """
+    if "cuda" not in {kernel(name).device for name in kernels}:
+        return CPU.device
+    if not torch.cuda.is_available():
+        hint = "Load it on a machine with such a device, or hand it to another tool with `autotune export`."
+        raise DeviceError("device.missing", "the plan runs CUDA kernels, and there is no CUDA device here.", hint)
+    return torch.device("cuda:0")
