@@ -6,19 +6,17 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import decide, finalists, planning, tables
+from autotune import finalists, planning
 from autotune.certify import Certificate
 from autotune.config import RunConfig
 from autotune.decide import configuration, decode_certificate
 from autotune.errors import InfeasibleError, InputError, UsageError
 from autotune.finalists import Point, front_ratio
-from autotune.models import Models
+from autotune.finished import reload
 from autotune.result import Result
-from autotune.run import RunFolder, silent
-from autotune.search.codec import decode_front
 from autotune.search.front import fits
 from autotune.search.problem import Budget
-from autotune.session import Session, open_session
+from autotune.session import Session
 from autotune.store import locked, read_json
 
 
@@ -40,39 +38,21 @@ def choose_point(
     """
     if max_loss is None and point is None and max_memory_bytes is None:
         raise UsageError("plan.choose", "no criterion was given.", "Give --max-loss, --point or --max-memory.")
-    config = RunConfig.load(run / "config.yaml").model_copy(update={"out": str(run)})
+    RunConfig.load(run / "config.yaml")  # before the lock, which would make the folder
     with locked(run):
-        result = _reload(RunFolder(run), config)
+        result = reload(run)
+        assert result.problem is not None and result.front is not None
+        result.points = tuple(finalists.pick_points(result.session, result.problem, result.front))
         chosen = _point(result, point) if point is not None else _fastest(result, max_loss, max_memory_bytes)
         asked = {"max_loss": max_loss, "max_memory_bytes": max_memory_bytes}
         limits = {key: value for key, value in asked.items() if value is not None}
-        result.session = replace(result.session, config=config.model_copy(update=limits))  # the plan states its budget
+        config = result.session.config.model_copy(update=limits)  # the plan states its budget
+        result.session = replace(result.session, config=config)
         plan = planning.build_plan(result, chosen)
         name = _file_name(max_loss, point, max_memory_bytes)
         path = run / f"plan-{name}.json"
         plan.save(path)
     return path, _statement(result, chosen)
-
-
-def _reload(folder: RunFolder, config: RunConfig) -> Result:
-    """The finished run's tables and front; every stage finds its artifact, so nothing is computed."""
-    if not (folder.path / "front.json").is_file():
-        raise InputError("plan.choose", f"{folder.path} has no finished search.", "Run `autotune search` on it first.")
-    session = open_session(folder, config, silent)
-    space = tables.build_space(session)
-    table = tables.profile(session, space)
-    space = tables.prune_space(session, space, table)
-    result = Result(session, space, table)
-    models = Models(session, space, table)
-    if not config.latency_only:
-        result.database = models.database = tables.compress(session, space, models)
-        result.losses = tables.loss_table(session, space, models)
-        result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
-    result.calibration = tables.calibrate_latency(session, space, table, models)
-    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
-    result.front = decode_front(read_json(folder.path / "front.json", "run"))
-    result.points = tuple(finalists.pick_points(session, result.problem, result.front))
-    return result
 
 
 def _file_name(max_loss: float | None, point: int | str | None, max_memory_bytes: int | None) -> str:

@@ -8,7 +8,14 @@ from pathlib import Path
 from autotune.errors import InputError, UsageError
 from autotune.store import locked, user_folder
 
-_RUN_PARTS = ("database", "evaluations.sqlite", "evaluations.sqlite-wal", "evaluations.sqlite-shm")
+_RUN_PARTS = (
+    "database",
+    "evaluations.sqlite",
+    "evaluations.sqlite-wal",
+    "evaluations.sqlite-shm",
+    "recovered/checkpoint",
+    "recovered/weights",
+)
 
 
 def clean(run: Path | None, measurements: bool) -> list[tuple[Path, int]]:

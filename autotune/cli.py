@@ -6,9 +6,7 @@ transformers are imported only by commands that need them, so `--help` is quick.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +16,7 @@ from rich.console import Console
 from autotune import advise_command
 from autotune.config import RunConfig, parse_bytes, parse_loss
 from autotune.errors import AutotuneError, UsageError
+from autotune.recover_command import recover
 from autotune.table_commands import app as tables_app
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ targets_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, he
 app.add_typer(plan_app, name="plan")
 app.add_typer(targets_app, name="targets")
 app.add_typer(tables_app, name="tables")
+app.command()(recover)
 app.command()(advise_command.advise)
 console = Console(highlight=False)
 
@@ -322,24 +322,12 @@ def _fail(error: AutotuneError) -> None:
 
 def _run(config: RunConfig, until: str) -> Result:
     """Run the loop with a progress bar; the first Ctrl-C ends the search early, the second stops."""
-    from autotune.progress import Bars
+    from autotune.progress import stoppable
 
-    stop = threading.Event()
-    with Bars(console) as bars:
+    with stoppable(console, "finishing the best plan so far") as (bars, stop):
+        from autotune.tune import tune as run_tune
 
-        def on_interrupt(*_: object) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            stop.set()
-            bars.note("stopping: finishing the best plan so far; Ctrl-C again to leave at once")
-
-        previous = signal.signal(signal.SIGINT, on_interrupt)
-        try:
-            from autotune.tune import tune as run_tune
-
-            return run_tune(config, bars, until, stop)
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        return run_tune(config, bars, until, stop)
 
 
 def _finish(result: Result) -> None:

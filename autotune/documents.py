@@ -45,11 +45,12 @@ def read(path: Path | None, tokenizer: Any | None, vocabulary: int, longest: int
     Raises:
         InputError: `data.missing`, `data.syntax`, `data.too_few`.
     """
-    rows = _bundled() if path is None else _rows(path)
+    found = _bundled() if path is None else rows(path)
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text, split in _deduplicated(rows):
+    for text, split in _deduplicated(found):
         texts[split or _deal(text)].append(text)
-    ids = {split: tuple(_encode(text, tokenizer, vocabulary, longest) for text in texts[split]) for split in SPLITS}
+    length = min(longest, MAX_DOCUMENT_TOKENS)
+    ids = {split: tuple(encode(text, tokenizer, vocabulary, length) for text in texts[split]) for split in SPLITS}
     kept = {split: tuple(item for item in ids[split] if len(item) >= 2) for split in SPLITS}
     for split in SPLITS:
         if len(kept[split]) < 2:
@@ -77,7 +78,12 @@ def _bundled() -> list[tuple[str, str | None]]:
     return _jsonl(gzip.decompress(data).decode(), "bundled text")
 
 
-def _rows(path: Path) -> list[tuple[str, str | None]]:
+def rows(path: Path) -> list[tuple[str, str | None]]:
+    """(text, split stated for it) of every document of a file or folder, none left out.
+
+    Raises:
+        InputError: `data.missing`, `data.syntax`.
+    """
     if path.is_dir():
         return [(_text(file), None) for file in sorted(path.glob("*.txt"))]
     if not path.is_file():
@@ -131,10 +137,11 @@ def _deal(text: str) -> str:
     return ("calibration", "search", "certification", "certification")[quarter]
 
 
-def _encode(text: str, tokenizer: Any | None, vocabulary: int, longest: int) -> torch.Tensor:
-    length = min(longest, MAX_DOCUMENT_TOKENS)
+def encode(text: str, tokenizer: Any | None, vocabulary: int, length: int | None = None) -> torch.Tensor:
+    """Token ids (positions,) of a text, of its first `length` tokens; bytes stand in where there is no tokenizer."""
     if tokenizer is None:
         ids = [byte % vocabulary for byte in text.encode()]
     else:
-        ids = tokenizer(text, add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
+        cut = {"truncation": True, "max_length": length} if length else {"verbose": False}
+        ids = tokenizer(text, add_special_tokens=True, **cut)["input_ids"]
     return torch.tensor(ids[:length], dtype=torch.long)

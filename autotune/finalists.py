@@ -49,7 +49,7 @@ def pick_points(session: Session, problem: Problem, front: Front) -> list[Point]
     ratio = front_ratio(front, session.search_limit)
     feasible = [candidate for candidate in front.candidates if fits(candidate, budget, ratio)]
     if not feasible:
-        raise _infeasible(front, problem, budget, ratio)
+        raise _infeasible(session, front, problem, budget, ratio)
     best = feasible if config.latency_only else pareto_candidates(feasible)
     compressed = [c for c in best if c.genotype != problem.dense] or feasible[:1]
     fastest_first = sorted(compressed, key=lambda c: c.latency_us)
@@ -117,12 +117,20 @@ def _evenly(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     return first
 
 
-def _infeasible(front: Front, problem: Problem, budget: Budget, ratio: LossRatio) -> InfeasibleError:
+def nearest_candidate(session: Session, problem: Problem, front: Front) -> Candidate:
+    """The evaluated configuration that misses the budget by the least, in shares of its limits."""
+    budget = search_budget(session, problem)
+    ratio = front_ratio(front, session.search_limit)
+
     def distance(candidate: Candidate) -> float:
         scale = {"loss": budget.max_loss_nats, "bytes": budget.max_bytes or 1, "latency": budget.max_latency_us or 1}
         return max(value / scale[name] for name, value in excess(candidate, budget, ratio).items())
 
-    nearest = min(front.candidates, key=distance)
+    return min(front.candidates, key=distance)
+
+
+def _infeasible(session: Session, front: Front, problem: Problem, budget: Budget, ratio: LossRatio) -> InfeasibleError:
+    nearest = nearest_candidate(session, problem, front)
     speedup = problem.latency_us(problem.dense) / nearest.latency_us
     loss = math.expm1(nearest.evaluation.dnll_nats)
     what = f"{speedup:.2f}x dense, {nearest.weight_bytes / 2**20:.1f} MiB, loss {loss:.2%} on the search documents"

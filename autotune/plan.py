@@ -141,6 +141,20 @@ class Provenance(_Strict):
     trials: int
 
 
+class Recovery(_Strict):
+    """Training after compression: groups whose codes are not those of the database but what trained weights round to.
+    Their predicted losses are empty, because the loss table is of the codes before."""
+
+    method: str
+    groups: tuple[str, ...]
+    tokens: int
+    steps: int
+    seed: int
+    data: str  # what was trained on
+    data_digest: str  # of its tokens
+    weights: str  # sha256 over the codes of the groups, in their order
+
+
 class Plan(_Strict):
     schema_version: int = SCHEMA_VERSION
     generator: str
@@ -156,6 +170,14 @@ class Plan(_Strict):
     kv_cache: str | None = Field(default=None, description="None: the model's own dtype")
     prediction: Prediction
     provenance: Provenance
+    recovery: Recovery | None = Field(default=None, description="None: compressed only, and then not written")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_recovery(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if values["recovery"] is None:  # plans made before it was known keep their digest
+            del values["recovery"]
+        return values
 
     @property
     def configuration(self) -> dict[str, str]:

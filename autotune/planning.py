@@ -17,6 +17,7 @@ from autotune.plan import (
     Plan,
     Prediction,
     Provenance,
+    Recovery,
     SchemeSpec,
     TensorEntry,
 )
@@ -80,6 +81,23 @@ def build_plan(result: Result, point: Point) -> Plan:
             trials=len(result.front.trials),
         ),
     )
+
+
+def recovered(plan: Plan, recovery: Recovery) -> Plan:
+    """The plan with some groups trained; what its loss table says of them no longer holds."""
+    groups = tuple(
+        group.model_copy(update={"predicted_loss_nats": None}) if group.name in recovery.groups else group
+        for group in plan.groups
+    )
+    reasons = tuple(
+        entry.model_copy(update={"reason": f"{entry.reason}, before it was trained"})
+        if entry.group in recovery.groups
+        else entry
+        for entry in plan.tensors
+    )
+    prediction = plan.prediction.model_copy(update={"loss_nats": None})
+    update = {"groups": groups, "tensors": reasons, "prediction": prediction, "recovery": recovery}
+    return plan.model_copy(update=update)
 
 
 def why(group: GroupOptions, chosen: Option, space: SearchSpace) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -18,6 +22,7 @@ LABELS = {
     "search": "search",
     "verify": "run finalists",
     "certify": "certify",
+    "recover": "recover",
     "save": "save model",
     "report": "report",
 }
@@ -60,3 +65,22 @@ class Bars:
 
     def note(self, text: str) -> None:
         self._console.print(text)
+
+
+@contextlib.contextmanager
+def stoppable(console: Console, what: str) -> Iterator[tuple[Bars, threading.Event]]:
+    """Bars, and an event that the first Ctrl-C sets, saying `what` is done about it; the second leaves at once."""
+    stop = threading.Event()
+    with Bars(console) as bars:
+
+        def on_interrupt(*_: object) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            stop.set()
+            bars.note(f"stopping: {what}; Ctrl-C again to leave at once")
+
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield bars, stop
+        finally:
+            signal.signal(signal.SIGINT, previous)

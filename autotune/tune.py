@@ -13,9 +13,11 @@ from pathlib import Path
 
 from autotune import decide, finalists, planning, tables
 from autotune.config import RunConfig
+from autotune.errors import InfeasibleError
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.models import Models
 from autotune.plan import Plan
+from autotune.recover.offer import offer, to_json
 from autotune.result import Result
 from autotune.run import Reporter, RunFolder, silent
 from autotune.session import Session, open_session
@@ -67,7 +69,7 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
     models.make_room()
-    result.points = tuple(finalists.pick_points(session, result.problem, result.front))
+    result.points = _points(result, models)
     if until == "search":
         return result
 
@@ -89,10 +91,22 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     from autotune.report.write import write_report
 
     report("report", 0, 1)
-    result.report = build_report(result, models)
+    result.report = build_report(result, models) | {"recovery": to_json(offer(result, models))}
     write_report(folder.path, result.report)
     report("report", 1, 1)
     return result
+
+
+def _points(result: Result, models: Models) -> tuple[finalists.Point, ...]:
+    """The points worth running; where nothing meets the budget, the error says what may mend it."""
+    assert result.problem is not None and result.front is not None
+    try:
+        return tuple(finalists.pick_points(result.session, result.problem, result.front))
+    except InfeasibleError as error:
+        found = offer(result, models)
+        if found is None:
+            raise
+        raise InfeasibleError(error.code, error.message, f"{error.hint} Or: {found.sentence}") from error
 
 
 def _save_model(session: Session, models: Models, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from autotune.plan import Plan
 from autotune.store import locked
 
 COMMANDS = [
+    "recover",
     "tune",
     "profile",
     "score",

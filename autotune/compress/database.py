@@ -148,9 +148,18 @@ def _compress_group(
     notes = {str(number): seen.note for number, seen in enumerate(inputs) if seen.note}
     for name, experts in zip(wanted, zip(*made, strict=True), strict=True):
         found = experts[0] if len(experts) == 1 else methods.join(experts, powers)
-        origin: dict[str, Any] = {"method": found.method, "layer_error": found.layer_error}
-        origin |= {"experts": notes} if notes else {}
-        write_bytes(folder / name, _serialize(pack(found.weight), json.dumps(origin)))
+        write_bytes(folder / name, serialized(found.weight, found.method, found.layer_error, notes))
+
+
+def serialized(
+    weight: GroupWeight, method: str, layer_error: float | None, notes: Mapping[str, Any] | None = None
+) -> bytes:
+    """One entry as its file holds it; equal weights give equal bytes. `notes`: of single experts."""
+    from safetensors.torch import save
+
+    origin: dict[str, Any] = {"method": method, "layer_error": layer_error}
+    origin |= {"experts": notes} if notes else {}
+    return save(pack(weight), {"origin": json.dumps(origin)})  # one key: the order of several is not fixed
 
 
 def stacked_weight(model: nn.Module, group: LayerGroup) -> torch.Tensor:
@@ -173,9 +182,3 @@ def stacked_bias(model: nn.Module, group: LayerGroup, dtype: torch.dtype) -> tor
         bias = module.bias
         parts.append(module.weight.new_zeros(member.out_features).float() if bias is None else bias.detach().float())
     return torch.cat(parts).to(dtype)
-
-
-def _serialize(tensors: dict[str, torch.Tensor], origin: str) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors, {"origin": origin})  # one key: the order of several is not fixed

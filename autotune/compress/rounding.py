@@ -114,7 +114,7 @@ def _search(
         torch.div(weight, scale.unsqueeze(-1), out=levels)
         formats.round_to(levels, number, None if zero is None else zero.unsqueeze(-1))
         torch.mul(levels, scale.unsqueeze(-1), out=buffer)
-        error = _shared(buffer.sub_(weight).square_().mul_(importance).sum(-1), number, torch.sum)
+        error = shared(buffer.sub_(weight).square_().mul_(importance).sum(-1), number, torch.sum)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -131,7 +131,7 @@ def _shrinks(number: NumberFormat) -> tuple[float, ...]:
 def _range(weight: torch.Tensor, number: NumberFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """(smallest weight or 0, what the levels from zero, or from the lowest, have to span): (rows, groups)."""
     if number.symmetric:
-        largest = _shared(weight.abs().amax(-1), number, torch.amax)
+        largest = shared(weight.abs().amax(-1), number, torch.amax)
         return largest, largest
     low = weight.amin(-1).clamp_max(0.0)
     return low, weight.amax(-1).clamp_min(0.0) - low
@@ -143,9 +143,9 @@ def _zero(low: torch.Tensor, scale: torch.Tensor, number: NumberFormat) -> torch
     return (lowest - low / scale).round_().clamp_(lowest, number.qmax)
 
 
-def _shared(values: torch.Tensor, number: NumberFormat, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+def shared(values: torch.Tensor, number: NumberFormat, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
     """(rows, groups): one number for all rows that share a scale, by torch.sum or torch.amax."""
-    together = number.rows or 1
+    together = number.rows or len(values)
     if together == 1:
         return values
     padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % together))

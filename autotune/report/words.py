@@ -238,6 +238,8 @@ def notices(report: Report) -> list[str]:
         said.append("The loss budget is not certified: the data could not show that the plan stays inside it.")
     if report["plan"]["certified"] == "violated":
         said.append("The loss budget is violated by this plan.")
+    if report.get("recovery"):
+        said.append(str(report["recovery"]["sentence"]))
     return said + warnings
 
 

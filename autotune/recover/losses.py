@@ -1,0 +1,53 @@
+"""What the trained model is pulled towards: the dense model's distribution, or its hidden states.
+
+Causal language models: KL(dense || trained) at temperature 1 over every position. Encoders: squared error of the last
+hidden states against their squared norm. Both are means over positions, and both are what the budget is about.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_CHUNK_ELEMENTS = 2**17  # logits are compared in pieces of positions that stay in cache
+
+
+class Divergence(torch.autograd.Function):
+    """Sum over positions of KL(softmax(teacher) || softmax(logits)), logits (positions, vocabulary).
+
+    The gradient, softmax(logits) - softmax(teacher), is made on the way: nothing of the size of the logits is kept
+    but itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        gradient = torch.empty_like(logits)
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        for start in range(0, len(logits), step):
+            rows = slice(start, start + step)
+            wanted, found = F.log_softmax(teacher[rows].float(), -1), F.log_softmax(logits[rows].float(), -1)
+            probability = wanted.exp()
+            total += wanted.sub_(found).mul_(probability).sum(dtype=torch.float64)
+            gradient[rows] = found.exp_().sub_(probability)
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None
+
+
+def divergence(outputs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean over positions of KL(teacher || outputs), both logits (..., vocabulary), in nats."""
+    flat = outputs.flatten(0, -2)
+    total: torch.Tensor = Divergence.apply(flat, teacher.flatten(0, -2))
+    return total / len(flat)
+
+
+def distance(outputs: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared error of hidden states (..., hidden) over the teacher's squared norm."""
+    return (outputs - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)

@@ -1,0 +1,72 @@
+"""`autotune recover`: training after compression. A part of `cli`; same rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console(highlight=False)
+
+
+def recover(
+    run: Annotated[Path, typer.Argument(help="The folder of a run made by `autotune tune`.")],
+    minutes: Annotated[float | None, typer.Option(help="Time to train, turned into a number of tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on; one million if nothing is said.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text, JSONL or a folder to train on; what search and certification use is left out."),
+    ] = None,
+    point: Annotated[
+        str | None,
+        typer.Option(
+            help="A point of the front by number or name, nearest, or 'uniform SCHEME'; default the run's plan."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where to train.")] = "auto",
+) -> None:
+    """Train what compression cost back into the weights of a finished run's plan, and certify the result."""
+    from autotune.errors import UsageError, VerificationError
+    from autotune.progress import stoppable
+
+    for name, budget in (("--minutes", minutes), ("--tokens", tokens)):
+        if budget is not None and not budget > 0:
+            raise UsageError("recover.budget", f"{name} {budget} is not a budget.", "Give a number above zero.")
+    with stoppable(console, "keeping the best state so far") as (bars, stop):
+        from autotune.recover.run import Options
+        from autotune.recover.run import recover as train
+
+        value = train(run, Options(minutes, tokens, data, point, seed, device), bars, stop.is_set)
+    _print(run, value)
+    certificate = value["certificate"]
+    if certificate["state"] in ("not_certified", "violated"):
+        hint = f"Give more --minutes, or more --data; plan and model are in {run / 'recovered'}."
+        raise VerificationError(f"certify.{certificate['state']}", certificate["statement"] + ".", hint)
+
+
+def _print(run: Path, value: dict[str, Any]) -> None:
+    about, search, certificate = value["recovery"], value["search_documents"], value["certificate"]
+    console.print(f"{value['configuration']}: {len(about['groups'])} layer groups trained on {about['data']},")
+    rate = about["tokens"] / value["seconds"] if value["seconds"] else 0.0
+    cut = " (stopped early)" if value["stopped"] else ""
+    console.print(f"{about['tokens']:,} tokens in {value['seconds'] / 60:.1f} min, {rate:,.0f} tokens/s{cut}")
+    kept = search["kl_nats"] / search["kl_nats_before"] if search["kl_nats_before"] else 1.0
+    before, after = search["kl_nats_before"], search["kl_nats"]
+    console.print(f"KL to dense on the search documents {before:.5f} -> {after:.5f} nats, {kept:.0%} of it is left")
+    loss = certificate["loss"]
+    bounds = f"loss {loss['mean']:.5f}, at most {loss['upper']:.5f} (95%), budget {certificate['limit']:.5f}"
+    console.print(f"{certificate['statement']}: {bounds}")
+    if value["speedup"]:
+        speedup = value["speedup"]
+        console.print(f"{speedup['median']:.2f}x dense end to end ({speedup['low']:.2f} to {speedup['high']:.2f})")
+    if value["unique_tokens"] < about["tokens"]:
+        seen = about["tokens"] / value["unique_tokens"]
+        console.print(
+            f"note: the text has {value['unique_tokens']:,} tokens and was seen {seen:.1f} times; --data gives more"
+        )
+    saved = run / "recovered" / "model"
+    if saved.is_dir():
+        console.print(f"plan and model are in {run / 'recovered'}: autotune.load('{saved}')", soft_wrap=True)
