@@ -45,7 +45,8 @@ def _alike(spec: ModelSpec) -> list[list[LayerGroup]]:
     """Groups of equal role and shape, together."""
     alike: dict[tuple[object, ...], list[LayerGroup]] = {}
     for group in spec.groups:
-        alike.setdefault((group.role, group.out_features, group.in_features), []).append(group)
+        key = (group.role, group.out_features, group.in_features, group.experts, group.experts_per_token)
+        alike.setdefault(key, []).append(group)
     return list(alike.values())
 
 
@@ -53,7 +54,10 @@ def _row(groups: Sequence[LayerGroup], entries: Sequence[Entry]) -> tuple[str, s
     first = groups[0]
     legal = ", ".join(f"{e.scheme} ({e.legality.status})" for e in entries if e.legality.usable)
     illegal = "; ".join(f"{e.scheme}: {e.legality.reason}" for e in entries if not e.legality.usable)
-    return f"{len(groups)} x {first.role}", f"{first.out_features} x {first.in_features}", legal, illegal
+    shape = f"{first.parts[0].out_features} x {first.in_features}"
+    if first.experts > 1:
+        shape = f"{first.experts} experts of {shape}, {first.experts_per_token} a token"
+    return f"{len(groups)} x {first.role}", shape, legal, illegal
 
 
 def _samples(session: Session) -> str:
@@ -85,7 +89,7 @@ def _expected(session: Session, space: SearchSpace) -> tuple[float, float, float
 def _loss_seconds(session: Session) -> float:
     """Every token that passes through the model costs two operations a weight."""
     config, ceilings = session.config, session.target.ceilings.tera_ops
-    weights = sum(group.weights for group in session.spec.groups)
+    weights = sum(group.weights_per_token for group in session.spec.groups)
     # Scoring: a forward pass, and for every draw a backward pass and one or two products of equal cost.
     tokens = config.calibration_tokens + config.score_tokens * (1 + 2.5 * config.score_draws)
     work = {session.arithmetic: tokens + config.search_tokens * (config.trials + 15)}

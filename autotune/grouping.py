@@ -1,7 +1,8 @@
 """Finds a model's linear layers and joins those that engines run as one kernel.
 
 Members of one group read the same tensor, have the same parent module and are named together in the fusion table below;
-all three, because Phi's fc1 reads what q/k/v read and is still its own kernel.
+all three, because Phi's fc1 reads what q/k/v read and is still its own kernel. The experts of a layer are joined after
+that: all their gates and ups are one group, all their downs another.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from autotune.experts import SplitExperts, routers
 from autotune.search_space.groups import LayerGroup, Linear
 
 # role -> the attribute names that engines fuse, in the order their rows are stacked.
@@ -63,7 +65,8 @@ def group_linears(model: nn.Module, names: Mapping[str, str], inputs: Mapping[st
             called is in no group.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module) and name in inputs}
-    linears = {name: module for name, module in linears.items() if not in_pooler(name)}
+    apart = routers(model)
+    linears = {name: module for name, module in linears.items() if not in_pooler(name) and name not in apart}
     groups, done = [], set()
     for name in linears:
         if name in done:
@@ -71,7 +74,25 @@ def group_linears(model: nn.Module, names: Mapping[str, str], inputs: Mapping[st
         role, members = _fused(name, linears, inputs)
         done.update(members)
         groups.append(_group(role, members, linears, names))
+    for path, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            groups = _join_experts(path, module, groups)
     return tuple(groups)
+
+
+def _join_experts(path: str, experts: SplitExperts, groups: list[LayerGroup]) -> list[LayerGroup]:
+    """The groups with those of a layer's experts joined: what is first in every expert, what is second in each, ..."""
+    inside = [group for group in groups if group.name.startswith(f"{path}.")]
+    each = len(inside) // len(experts)
+    joined = []
+    for first in range(each):
+        own = inside[first::each]
+        name = own[0].name.removeprefix(f"{path}.0.")
+        members = tuple(member for group in own for member in group.members)
+        taken, role = experts.per_token, f"experts_{own[0].role}"
+        joined.append(LayerGroup(f"{path}.{name}", role, own[0].layer, members, False, len(experts), taken))
+    place = groups.index(inside[0]) if inside else 0
+    return [*groups[:place], *joined, *groups[place + len(inside) :]]
 
 
 def _fused(name: str, linears: Mapping[str, nn.Module], inputs: Mapping[str, int]) -> tuple[str, list[str]]:

@@ -16,10 +16,12 @@ from torch import nn
 from autotune import checkpoint
 from autotune.checkpoint import Checkpoint
 from autotune.errors import InputError
+from autotune.experts import holds_experts, merged_shapes, routers, split_experts, stored_names
 from autotune.grouping import group_linears, in_pooler, is_linear, linear_of
 from autotune.search_space.groups import KeptTensor, LayerGroup, ModelSpec, Task
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ROUTER = "router: it decides which experts a token takes, and has few weights"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def open_model(
     model = _empty(config, folder)
     task = _task(config)
     dtype = dtype or _default_dtype(config, weights)
-    names = _tensor_names(model, weights)
+    experts = stored_names(model, weights) if weights is not None else {}
+    split_experts(model)
+    names = _tensor_names(model, weights) | experts
     groups = group_linears(model, names, _trace(model))
     kept = _kept(model, groups, names, 2 if dtype == "bf16" else 4)
     if weights is not None:
@@ -72,7 +76,8 @@ def open_model(
 
 
 def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module:
-    """The transformers model with its weights, in eval mode; random weights where there is no checkpoint.
+    """The transformers model with its weights, in eval mode; random weights where there is no checkpoint. Experts are
+    layers of their own (see `experts`).
 
     Raises:
         InputError: `model.nonfinite` naming the first tensor that holds NaN or infinity.
@@ -90,6 +95,7 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
         model = auto.from_pretrained(
             opened.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
+    split_experts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
@@ -278,6 +284,9 @@ def _trace(model: nn.Module) -> dict[str, int]:
 
     handles = [m.register_forward_pre_hook(record(n)) for n, m in model.named_modules() if is_linear(m)]
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    for module in model.modules():
+        if holds_experts(module) and hasattr(module, "config"):  # the default takes no fp32 on the meta device
+            cast(Any, module).config._experts_implementation = "batched_mm"
     try:
         with torch.no_grad():
             try:
@@ -299,13 +308,15 @@ def _kept(
 ) -> tuple[KeptTensor, ...]:
     taken = {f"{member.module}.weight" for group in groups for member in group.members if group.role != "lm_head"}
     taken |= {f"{m.module}.weight" for g in groups for m in g.members if g.role == "lm_head" and not _tied(model)}
+    apart = routers(model)
     kept: dict[str, KeptTensor] = {}
     for path, parameter in model.named_parameters():
         if path in taken or path not in names or names[path] in kept:
             continue
         owner = model.get_submodule(path.rpartition(".")[0])
         shape = tuple(parameter.shape)
-        kept[names[path]] = KeptTensor(names[path], shape, parameter.numel() * width, _reason(path, owner, parameter))
+        reason = _ROUTER if path.rpartition(".")[0] in apart else _reason(path, owner, parameter)
+        kept[names[path]] = KeptTensor(names[path], shape, parameter.numel() * width, reason)
     return tuple(kept.values())
 
 
@@ -320,25 +331,29 @@ def _reason(path: str, owner: nn.Module, parameter: torch.Tensor) -> str:
         return "embedding: rows are looked up, not multiplied"
     if parameter.ndim < 2:
         return "vector: norm gain or bias"
+    if holds_experts(owner):
+        return f"experts stored as {type(owner).__name__} has them are not split into layers"
     if linear_of(owner) is not None:
         return "not reached by the forward pass that is measured"
     return f"parameter of {type(owner).__name__}, which is not a linear layer"
 
 
 def _check_shapes(model: nn.Module, names: dict[str, str], weights: Checkpoint) -> None:
+    merged = merged_shapes(model)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if path not in names:
             continue
-        info = weights.tensors.get(names[path])
-        if info is None and parameter.ndim == 3:
-            what = f"{weights.folder}: experts are stored one by one and merged into {path} on loading."
-            raise InputError("model.architecture", what, "Mixtures of experts in this form are not supported yet.")
+        stored, _, part = names[path].partition("[")
+        expected = merged[path] if part else tuple(parameter.shape)
+        info = weights.tensors.get(stored)
+        if info is None and (parameter.ndim == 3 or path in merged):
+            what = f"{weights.folder}: it is not known what tensors make up {path}, a layer's experts."
+            raise InputError("model.architecture", what, "Mixtures of experts stored in this form are not supported.")
         if info is None:
             raise InputError("model.corrupt", f"{weights.folder}: tensor {names[path]!r} is missing.", "Save it again.")
-        if info.shape != tuple(parameter.shape):
+        if info.shape != expected:
             raise InputError(
                 "model.corrupt",
-                f"{weights.folder / info.shard}: {names[path]!r} is {info.shape}, "
-                f"config.json says {tuple(parameter.shape)}.",
+                f"{weights.folder / info.shard}: {stored!r} is {info.shape}, config.json says {expected}.",
                 "Config and weights belong to different models.",
             )

@@ -23,6 +23,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _shortened(model: BaseModel, values: dict[str, Any]) -> dict[str, Any]:
+    """Without what has its default."""
+    later = {name: field.default for name, field in type(model).model_fields.items() if not field.is_required()}
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
+
+
 class ModelRef(_Strict):
     name: str
     architecture: str
@@ -50,9 +56,7 @@ class SchemeSpec(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = write(self)
-        later = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        return _shortened(self, write(self))
 
     @classmethod
     def of(cls, name: str) -> SchemeSpec:
@@ -84,7 +88,8 @@ class TensorEntry(_Strict):
 
 
 class GroupEntry(_Strict):
-    """One layer group: tensors that share a decision and run as one kernel call."""
+    """One layer group: tensors that share a decision and run as one kernel call, or one an expert. The last three are
+    written where there are experts, so that other plans keep their digest."""
 
     name: str
     role: str
@@ -94,6 +99,13 @@ class GroupEntry(_Strict):
     latency_status: Literal["measured", "estimated"]
     predicted_loss_nats: float | None
     weight_bytes: int
+    experts: int = Field(default=1, description="tensors are those of each expert in turn, equally many an expert")
+    experts_per_token: int = 1
+    experts_hardly_reached: int = Field(default=0, description="compressed for all tokens of their layer")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _shortened(self, write(self))
 
 
 class KeptEntry(_Strict):
@@ -203,6 +215,11 @@ class Plan(_Strict):
                 raise InputError("plan.schema", f"{where}: {entry.tensor} uses unlisted scheme {entry.scheme!r}.")
             if entry.group not in groups:
                 raise InputError("plan.schema", f"{where}: {entry.tensor} is in unlisted group {entry.group!r}.")
+        for mixed in (group for group in self.groups if group.experts != 1):
+            count = sum(entry.group == mixed.name for entry in self.tensors)
+            if mixed.experts < 1 or count % mixed.experts:
+                what = f"{count} tensors of {mixed.name} are not those of {mixed.experts} experts"
+                raise InputError("plan.schema", f"{where}: {what}.")
         for group in groups:
             if len({entry.scheme for entry in self.tensors if entry.group == group}) > 1:
                 raise InputError("plan.schema", f"{where}: the tensors of {group} have different schemes.")

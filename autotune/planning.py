@@ -23,6 +23,7 @@ from autotune.plan import (
 from autotune.result import Result
 from autotune.search.problem import GroupOptions, Option
 from autotune.search_space.groups import LayerGroup
+from autotune.search_space.schemes import scheme
 from autotune.search_space.space import SearchSpace
 from autotune.store import digest
 
@@ -37,6 +38,7 @@ def build_plan(result: Result, point: Point) -> Plan:
     chosen = configuration(problem, point.candidate.genotype)
     options = dict(zip((g.name for g in problem.groups), problem.chosen(point.candidate.genotype), strict=True))
     reasons = {g.name: why(g, options[g.name], space) for g in problem.groups}
+    notes = {group.name: expert_notes(result, group.name, chosen[group.name]) for group in spec.groups}
     has_loss = not config.latency_only
     return Plan(
         generator=f"autotune {__version__}",
@@ -57,8 +59,8 @@ def build_plan(result: Result, point: Point) -> Plan:
             min_speedup=config.min_speedup,
         ),
         schemes={name: SchemeSpec.of(name) for name in sorted(set(chosen.values()))},
-        groups=tuple(_group(group, options[group.name], has_loss) for group in spec.groups),
-        tensors=tuple(entry for group in spec.groups for entry in _tensors(group, chosen, reasons, spec.dtype)),
+        groups=tuple(_group(group, options[group.name], has_loss, len(notes[group.name])) for group in spec.groups),
+        tensors=tuple(e for g in spec.groups for e in _tensors(g, chosen, reasons, spec.dtype, notes[g.name])),
         kept=tuple(KeptEntry(tensor=t.tensor, shape=t.shape, reason=t.reason) for t in spec.kept),
         prediction=Prediction(
             latency_us=point.candidate.latency_us,
@@ -108,6 +110,13 @@ def why(group: GroupOptions, chosen: Option, space: SearchSpace) -> str:
     return text
 
 
+def expert_notes(result: Result, group: str, name: str) -> dict[int, str]:
+    """Expert -> why its weights under the scheme were not made for the tokens it gets."""
+    if result.database is None or scheme(name).is_dense:
+        return {}
+    return result.database.notes(group, name)
+
+
 def _for_memory(dense: Option, chosen: Option, unpacked: bool) -> str:
     less = (dense.weight_bytes - chosen.weight_bytes) / 2**20
     times = f"{chosen.latency_us / 1e3:.3f} ms against {dense.latency_us / 1e3:.3f}"
@@ -115,7 +124,7 @@ def _for_memory(dense: Option, chosen: Option, unpacked: bool) -> str:
     return f"{text}: for memory only, it is unpacked in every call" if unpacked else f"{text}: for memory"
 
 
-def _group(group: LayerGroup, option: Option, has_loss: bool) -> GroupEntry:
+def _group(group: LayerGroup, option: Option, has_loss: bool, hardly_reached: int) -> GroupEntry:
     return GroupEntry(
         name=group.name,
         role=group.role,
@@ -125,11 +134,16 @@ def _group(group: LayerGroup, option: Option, has_loss: bool) -> GroupEntry:
         latency_status="estimated" if option.estimated else "measured",
         predicted_loss_nats=option.loss_nats if has_loss else None,
         weight_bytes=option.weight_bytes,
+        experts=group.experts,
+        experts_per_token=group.experts_per_token,
+        experts_hardly_reached=hardly_reached,
     )
 
 
-def _tensors(group: LayerGroup, chosen: dict[str, str], reasons: dict[str, str], dtype: str) -> list[TensorEntry]:
-    name = chosen[group.name]
+def _tensors(
+    group: LayerGroup, chosen: dict[str, str], reasons: dict[str, str], dtype: str, notes: dict[int, str]
+) -> list[TensorEntry]:
+    name, size = chosen[group.name], len(group.parts[0].members)
     return [
         TensorEntry(
             tensor=member.tensor,
@@ -137,7 +151,7 @@ def _tensors(group: LayerGroup, chosen: dict[str, str], reasons: dict[str, str],
             shape=(member.out_features, member.in_features),
             group=group.name,
             scheme=None if name == dtype else name,
-            reason=reasons[group.name],
+            reason="; ".join(filter(None, (reasons[group.name], notes.get(number // size)))),
         )
-        for member in group.members
+        for number, member in enumerate(group.members)
     ]

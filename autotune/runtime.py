@@ -20,6 +20,7 @@ from torch import nn
 from autotune.attention import pack_query_heads
 from autotune.decoder import fuse_decoder_layers
 from autotune.errors import DeviceError, InputError
+from autotune.experts import align_routers, split_experts
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
@@ -56,6 +57,7 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
         DeviceError: `device.missing` when the plan's kernels need a device that is not here.
     """
     folder, loaded = _plan_and_weights(plan, weights)
+    split_experts(model)
     _check_same_model(model, loaded)
     tensors = _read(folder / WEIGHTS)
     dtype = _DTYPES[loaded.model.dtype]
@@ -111,6 +113,7 @@ def quicken(model: nn.Module) -> None:
     the order of sums."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return
+    align_routers(model)
     fuse_norms(model)
     pack_query_heads(model)
     fuse_decoder_layers(model)
@@ -237,10 +240,17 @@ def _group_weight(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], mo
 def _install(
     model: nn.Module, plan: Plan, name: str, entries: list[Any], weight: GroupWeight, dtype: torch.dtype
 ) -> None:
+    """One fused group, or one an expert."""
     spec = kernel(plan.kernels[name])
-    group = FusedGroup(entries[0].shape[1], [entry.shape[0] for entry in entries])
-    group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(weight, dtype)))
-    install(model, [entry.module for entry in entries], group)
+    count = next(group.experts for group in plan.groups if group.name == name)
+    size = len(entries) // count
+    rows = sum(entry.shape[0] for entry in entries[:size])
+    for number in range(count):
+        own = entries[number * size : (number + 1) * size]
+        part = weight if count == 1 else weight.part(slice(number * rows, (number + 1) * rows))
+        group = FusedGroup(own[0].shape[1], [entry.shape[0] for entry in own])
+        group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(part, dtype)))
+        install(model, [entry.module for entry in own], group)
 
 
 def _check_same_model(model: nn.Module, plan: Plan) -> None:
@@ -291,6 +301,7 @@ def _skeleton(folder: Path, plan: Plan, dtype: torch.dtype) -> nn.Module:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    split_experts(model)
     return model  # type: ignore[no-any-return]
 
 

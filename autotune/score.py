@@ -127,8 +127,8 @@ def one_at_a_time(
 class _Tap:
     """What one document leaves behind, in the dtype of the model's weights."""
 
-    inputs: dict[str, torch.Tensor]  # group -> (tokens, in_features)
-    gradients: dict[str, list[torch.Tensor]]  # group -> one (tokens, out_features) a draw
+    inputs: dict[str, torch.Tensor]  # part of a group -> (tokens, in_features); absent: an expert that got no token
+    gradients: dict[str, list[torch.Tensor]]  # the same -> one (tokens, out_features) a draw
 
     @property
     def bytes(self) -> int:
@@ -137,12 +137,13 @@ class _Tap:
 
 
 class _Taps:
-    """While active, keeps each group's input and its members' outputs of the last forward pass."""
+    """While active, keeps the input of each group (of each expert, where it has such) and its members' outputs of the
+    last forward pass."""
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model = model
-        self.inputs: dict[str, torch.Tensor] = {}  # group -> (tokens, in_features)
-        self.outputs: dict[str, list[torch.Tensor]] = {}  # group -> members' outputs, kept for autograd
+        self.inputs: dict[str, torch.Tensor] = {}  # part of a group -> (tokens, in_features)
+        self.outputs: dict[str, list[torch.Tensor]] = {}  # the same -> members' outputs, kept for autograd
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Taps:
@@ -150,8 +151,10 @@ class _Taps:
         # Parameters are frozen; the graph starts at the embeddings.
         self._handles.append(embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
         for group in self.model.spec.groups:
+            size = len(group.parts[0].members)
             for index, layer in enumerate(self.model.layers[group.name]):
-                self._handles.append(layer.register_forward_hook(self._record(group.name, index)))
+                record = self._record(group.parts[index // size].name, index % size)
+                self._handles.append(layer.register_forward_hook(record))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,9 +175,9 @@ def _backward(
     model: ReferenceModel, document: torch.Tensor, taps: _Taps, draws: int, generator: torch.Generator
 ) -> tuple[float, _Tap]:
     """(what the document's loss is divided by: scored tokens, or the output's norm; its inputs and gradients)."""
-    gradients: dict[str, list[torch.Tensor]] = {group.name: [] for group in model.spec.groups}
     with torch.enable_grad():
         output = model.model(document.unsqueeze(0))
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in taps.outputs}
         flat = [tensor for name in gradients for tensor in taps.outputs[name]]
         for draw in range(draws):
             objective, weight = _objective(model, output, generator)
@@ -212,24 +215,29 @@ def _sums(
     items = [scheme(name) for name in names]
     stored = {(item.sparsity, item.weight): item.name for item in items}  # schemes with equal weights share a product
     column = {key: number for number, key in enumerate(stored)}
-    inputs = [tap.inputs[group.name] for tap in batch]  # each (tokens, in)
-    moved = {form: [_moved(x, form) for x in inputs] for item in items if (form := item.activation) is not None}
-    draws = len(batch[0].gradients[group.name])
-    sums = {name: torch.zeros(len(batch) * draws, dtype=torch.float64, device=model.device) for name in names}
-    step = max(1, _PRODUCTS // (len(batch) * draws * group.in_features))
-    for start in range(0, group.out_features, step):
-        rows = slice(start, start + step)
-        changes = torch.stack([model.change(group, name, rows).view(-1) for name in stored.values()])
-        gradients = [[gradient[:, rows] for gradient in tap.gradients[group.name]] for tap in batch]
-        plain = _products(gradients, inputs) @ changes.t()  # (documents * draws, stored)
-        both = torch.cat([changes, model.dense_weight(group, rows).view(1, -1)]) if moved else changes
-        extra = {form: _products(gradients, x) @ both.t() for form, x in moved.items()}
-        for item in items:
-            at = column[item.sparsity, item.weight]
-            sums[item.name] += plain[:, at]
-            if item.activation is not None:
-                sums[item.name] += extra[item.activation][:, -1] + extra[item.activation][:, at]
-    return {name: value.view(-1, draws).square().mean(1).tolist() for name, value in sums.items()}
+    draws = len(next(iter(batch[0].gradients.values())))
+    sums = {name: torch.zeros(len(batch), draws, dtype=torch.float64, device=model.device) for name in names}
+    for expert, part in enumerate(group.parts):
+        seen = [number for number, tap in enumerate(batch) if part.name in tap.inputs]  # documents
+        inputs = [batch[number].inputs[part.name] for number in seen]  # each (tokens, in)
+        moved = {form: [_moved(x, form) for x in inputs] for item in items if (form := item.activation) is not None}
+        above = group.rows(expert).start
+        step = max(1, _PRODUCTS // (max(1, len(seen)) * draws * group.in_features))
+        for start in range(0, part.out_features if seen else 0, step):
+            own = slice(start, min(start + step, part.out_features))
+            rows = slice(above + own.start, above + own.stop)
+            changes = torch.stack([model.change(group, name, rows).view(-1) for name in stored.values()])
+            gradients = [[gradient[:, own] for gradient in batch[number].gradients[part.name]] for number in seen]
+            plain = _products(gradients, inputs) @ changes.t()  # (documents * draws, stored)
+            both = torch.cat([changes, model.dense_weight(group, rows).view(1, -1)]) if moved else changes
+            extra = {form: _products(gradients, x) @ both.t() for form, x in moved.items()}
+            for item in items:
+                at = column[item.sparsity, item.weight]
+                found = plain[:, at]
+                if item.activation is not None:
+                    found = found + extra[item.activation][:, -1] + extra[item.activation][:, at]
+                sums[item.name][seen] += found.view(-1, draws)
+    return {name: value.square().mean(1).tolist() for name, value in sums.items()}
 
 
 def _moved(x: torch.Tensor, form: NumberFormat) -> torch.Tensor:

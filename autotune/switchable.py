@@ -41,8 +41,9 @@ class SwitchableModel:
         place: Place = CPU,
         generated: int = 0,
     ) -> None:
-        """`resident`: the weights fit the last cache, so a request is run once untimed before it is timed. `generated`:
-        tokens that a static cache has room for, where passes are recorded."""
+        """`groups`: by the name of the part of a layer group that they are. `resident`: the weights fit the last cache,
+        so a request is run once untimed before it is timed. `generated`: tokens that a static cache has room for, where
+        passes are recorded."""
         self.model = model
         self.spec = spec
         self.groups = dict(groups)
@@ -53,10 +54,11 @@ class SwitchableModel:
 
     def select(self, configuration: Mapping[str, str]) -> None:
         """Group -> scheme (or `ZEROS`); groups not named become dense."""
-        for name, group in self.groups.items():
-            wanted = configuration.get(name, self.spec.dtype)
-            if group.active != wanted:
-                group.select(wanted)
+        for group in self.spec.groups:
+            wanted = configuration.get(group.name, self.spec.dtype)
+            for part in group.parts:
+                if self.groups[part.name].active != wanted:
+                    self.groups[part.name].select(wanted)
 
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:
@@ -158,15 +160,18 @@ def switchable(
     runtime.quicken(model)
     groups = {}
     for number, group in enumerate(spec.groups):
-        fused = FusedGroup(group.in_features, [member.out_features for member in group.members])
+        made = [FusedGroup(part.in_features, [member.out_features for member in part.members]) for part in group.parts]
         for entry in space.schemes(group.name):
             choice = table.best(group, entry.scheme, workload)
             assert choice is not None
             item = kernel(choice.kernel)
             weight = _weight(model, group, entry.scheme, spec.dtype, opened.dtype, weights)
-            fused.add(entry.scheme, alternative(item, load_kernel(item).pack(weight, opened.dtype)))
-        install(model, [member.module for member in group.members], fused)
-        groups[group.name] = fused
+            for index, fused in enumerate(made):
+                own = weight if group.experts == 1 else weight.part(group.rows(index))
+                fused.add(entry.scheme, alternative(item, load_kernel(item).pack(own, opened.dtype)))
+        for part, fused in zip(group.parts, made, strict=True):
+            install(model, [member.module for member in part.members], fused)
+            groups[part.name] = fused
         if progress:
             progress(number + 1, len(spec.groups))
     generated = max(request.generated for request in workload.requests)

@@ -19,6 +19,7 @@ from autotune.profilers.prune import prune
 from autotune.profilers.table import Choice
 from autotune.score import LossRow, LossTable, score
 from autotune.search_space import space as space_module
+from autotune.search_space.groups import LayerGroup
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import Memo, file_digest, user_folder, write_text
@@ -58,10 +59,16 @@ def profile(session: Session, space: SearchSpace) -> LatencyTable:
 def _profile_inputs(session: Session, space: SearchSpace) -> list[Any]:
     usable = [[entry.group, entry.scheme, entry.legality.kernels] for entry in space.usable()]
     hashes = {spec.name: kernel_hash(spec) for spec in KERNELS if spec.device == session.target.device}
-    shapes = [[g.name, [m.out_features for m in g.members], g.in_features, g.bias] for g in session.spec.groups]
+    shapes = [
+        [g.name, [m.out_features for m in g.members], g.in_features, g.bias, *_experts(g)] for g in session.spec.groups
+    ]
     target = session.target.to_json() | {"ceilings": None}  # measured ceilings vary and do not enter measured rows
     elsewhere = [] if session.local else [file_digest(path) for path in measured.files()]
     return [shapes, session.spec.dtype, target, str(session.workload), usable, hashes, *elsewhere]
+
+
+def _experts(group: LayerGroup) -> list[int]:
+    return [group.experts, group.experts_per_token] if group.experts > 1 else []
 
 
 def prune_space(session: Session, space: SearchSpace, table: LatencyTable) -> SearchSpace:

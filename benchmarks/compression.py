@@ -1,12 +1,14 @@
 """What does a compression method cost the model? One method and format everywhere, on held-out documents, paired.
 
-    python benchmarks/compression.py [MODEL] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
-                                     [--formats int4-g128,2:4,...] [--data FILE] [--json FILE]
+    python benchmarks/compression.py [MODEL ...] [--tokens 40000] [--calibration 16384] [--methods joint,wanda,...]
+                                     [--formats int4-g128,2:4,...] [--keep-head] [--peers auto-round,...]
+                                     [--data FILE] [--json FILE]
 
-MODEL is a folder (default: the demo model). Formats are six by default; any of the product's schemes can be named. All
-layer groups are compressed the same way, from the dense model's inputs on the calibration documents, three quarters of
-which weights are fitted to; the rest of the model stays as it is, and activations are left alone. Losses are measured
-in fp32 on certification documents, against the dense model.
+MODEL is a folder (default: the demo model and the demonstration mixture of experts). Formats are six by default; any of
+the product's schemes can be named. All layer groups are compressed the same way, every expert by itself, from the dense
+model's inputs on the calibration documents, three quarters of which weights are fitted to; the rest of the model stays
+as it is, and activations are left alone. Losses are measured in fp32 on certification documents, against the dense
+model.
 
 joint             this project's: 2:4 mask by ADMM, weights by least squares, one sweep that rounds
 prune-then-gptq   SparseGPT's mask and update, then GPTQ on what is left
@@ -16,15 +18,21 @@ wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
 magnitude         the largest weights, then the same rounding
 
-Written by `--json` (one object):
+`--peers` adds other packages where they are installed, each in the formats it has (`compression_peers.py`): auto-round,
+modelopt-sparsegpt, modelopt-awq. They leave the output matrix dense: `--keep-head` does so for all. They get the same
+calibration documents, all of them, and models without experts only.
+
+Written by `--json` (a list, one object a model):
     model, documents, tokens, calibration_tokens, dense_perplexity    what was measured on
+    hardly_reached      weights of experts that calibration hardly reached, compressed for all tokens of their layer
     rows        one per method and format:
         method, format
         kl_nats, dnll_nats      mean over tokens {mean, low, high}: 95% over documents
         perplexity              of the compressed model
         over_joint              KL of this method minus that of joint, {mean, low, high}, paired by document; null for
                                 joint itself and where joint was not asked for
-        layer_error             mean over groups of the outputs' squared relative error on documents set aside
+        layer_error             mean over groups, and experts, of the outputs' squared relative error on documents set
+                                aside
         seconds                 compressing all groups in this format alone
 """
 
@@ -35,11 +43,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from compression_peers import PEERS, missing
 from compression_rivals import RIVALS, valued
 from torch import nn
 
@@ -56,7 +66,8 @@ from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import MORE, SCHEMES, NumberFormat, Scheme
 from autotune.teacher import Teacher
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DEMO, MIXTURE = EXAMPLES / "demo_model", EXAMPLES / "demo_moe"
 FORMATS = {
     "int8": Scheme("int8", NumberFormat("int", 8)),
     "int4-g128": Scheme("int4-g128", NumberFormat("int", 4, 128)),
@@ -71,19 +82,21 @@ ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in _
 
 
 class Stitched:
-    """The dense model, or one whose group weights were replaced; what `Teacher` measures."""
+    """The dense model, or one whose weights were replaced, those of each part of a group (see `LayerGroup.parts`); what
+    `Teacher` measures."""
 
     def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         self.model = model
         self.spec = spec
-        self.dense = {group.name: stacked_weight(model, group) for group in spec.groups}
+        self.parts = [part for group in spec.groups for part in group.parts]
+        self.dense = {part.name: stacked_weight(model, part) for part in self.parts}
         self.weights: dict[str, torch.Tensor] = {}  # of the configuration that is not dense
         self._is_dense = True
 
     def select(self, configuration: Mapping[str, str]) -> None:
         if self._is_dense is not (not configuration):
-            for group in self.spec.groups:
-                self._write(group, (self.weights if configuration else self.dense)[group.name])
+            for part in self.parts:
+                self._write(part, (self.weights if configuration else self.dense)[part.name])
             self._is_dense = not configuration
 
     def _write(self, group: LayerGroup, weight: torch.Tensor) -> None:
@@ -97,19 +110,39 @@ class Stitched:
         return cast(torch.Tensor, self.model(document.unsqueeze(0)).logits[0])
 
 
+def from_peer(
+    stitched: Stitched, name: str, form: str, model: nn.Module, tokenizer: Any, documents: Sequence[torch.Tensor]
+) -> float:
+    """Fill `stitched.weights` with what another package makes of a model, which it may spoil; returns seconds."""
+    start = time.perf_counter()
+    made = PEERS[name][1][form](model, tokenizer, documents)
+    seconds = time.perf_counter() - start
+    for part in stitched.parts:
+        stitched.weights[part.name] = torch.cat([made[member.module] for member in part.members])
+    return seconds
+
+
+def layer_error(stitched: Stitched, statistics: Mapping[str, InputStatistics]) -> float:
+    errors = []
+    for part in stitched.parts:
+        dense, inputs = stitched.dense[part.name], statistics[part.name]
+        change = stitched.weights[part.name] - dense
+        errors.append((inputs.output_power(change) or 0.0) / (inputs.output_power(dense) or 1.0))
+    return sum(errors) / len(errors)
+
+
 def compressed(
     stitched: Stitched, method: str, item: Scheme, statistics: Mapping[str, InputStatistics]
 ) -> tuple[float, float]:
     """Fill `stitched.weights`; returns (mean layer error, seconds)."""
-    errors, seconds = [], 0.0
-    for group in stitched.spec.groups:
-        dense, inputs = stitched.dense[group.name], statistics[group.name]
+    seconds = 0.0
+    for part in stitched.parts:
+        dense, inputs = stitched.dense[part.name], statistics[part.name]
         start = time.perf_counter()
         weight = valued(ALL[method](dense, inputs, [item])[0], item)
         seconds += time.perf_counter() - start
-        stitched.weights[group.name] = weight
-        errors.append((inputs.output_power(weight - dense) or 0.0) / (inputs.output_power(dense) or 1.0))
-    return sum(errors) / len(errors), seconds
+        stitched.weights[part.name] = weight
+    return layer_error(stitched, statistics), seconds
 
 
 def interval(values: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
@@ -137,14 +170,15 @@ def row(
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    opened = open_model(str(arguments.model))
-    source = texts.read(arguments.data, load_tokenizer(opened.folder), opened.vocabulary, opened.positions)
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    opened, tokenizer = open_model(str(folder)), load_tokenizer(folder)
+    source = texts.read(arguments.data, tokenizer, opened.vocabulary, opened.positions)
     calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
     held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
     model = load_model(opened, torch.float32)
-    statistics = input_statistics(model, opened.spec.groups, calibration)
-    stitched = Stitched(model, opened.spec)
+    groups = tuple(group for group in opened.spec.groups if not (arguments.keep_head and group.role == "lm_head"))
+    statistics = input_statistics(model, groups, calibration)
+    stitched = Stitched(model, replace(opened.spec, groups=groups))
     teacher = Teacher(cast(ReferenceModel, stitched), held_out, (1.0,))
     dense = teacher.perplexity()
     rows = []
@@ -152,10 +186,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         joint: Evaluation | None = None
         for method in arguments.methods:
             made = compressed(stitched, method, EVERY[name], statistics)
-            found = teacher.measure({"all": name})
+            found = teacher.measure({"all": f"{method} {name}"})  # it remembers what it measured last
             stitched.select({})
             joint = found if method == "joint" else joint
             rows.append(row(method, name, found, joint, dense, made))
+            print(line(rows[-1]), flush=True)
+        for peer in arguments.peers if all(group.experts == 1 for group in groups) else ():
+            if name not in PEERS[peer][1]:
+                continue
+            copy = load_model(opened, torch.float32)
+            seconds = from_peer(stitched, peer, name, copy, tokenizer, calibration)
+            found = teacher.measure({"all": f"{peer} {name}"})
+            stitched.select({})
+            rows.append(row(peer, name, found, joint, dense, (layer_error(stitched, statistics), seconds)))
             print(line(rows[-1]), flush=True)
     return {
         "model": opened.spec.name,
@@ -163,6 +206,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(map(len, held_out)),
         "calibration_tokens": sum(map(len, calibration)),
         "dense_perplexity": dense,
+        "hardly_reached": sum(bool(item.note) for item in statistics.values()),
         "rows": rows,
     }
 
@@ -178,23 +222,31 @@ def line(item: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", type=Path, default=DEMO, help="a model folder")
+    parser.add_argument("models", nargs="*", type=Path, default=[DEMO, MIXTURE], help="model folders")
     parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens to measure on")
     parser.add_argument("--calibration", type=int, default=16_384, help="calibration tokens")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ALL))
     parser.add_argument("--formats", type=lambda text: text.split(","), default=list(FORMATS))
+    parser.add_argument("--keep-head", action="store_true", help="leave the output matrix dense")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=[], help="other packages")
     parser.add_argument("--data", type=Path, help="text or JSONL; default: the bundled text")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY)):
+    if arguments.peers and not arguments.keep_head:
+        parser.error("peers leave the output matrix dense: give --keep-head")
+    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY), (arguments.peers, PEERS)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if absent := {PEERS[name][0] for name in arguments.peers if missing(name)}:
+        parser.error(f"not installed: {', '.join(sorted(absent))} (see compression_peers.py)")
     keep_large_blocks()
-    value = measure(arguments)
-    print(f"{value['model']}, {value['documents']}, {value['tokens']:,} held-out tokens", end="")
-    print(f", dense perplexity {value['dense_perplexity']:.3f}")
+    values = []
+    for folder in arguments.models:
+        values.append(value := measure(folder, arguments))
+        print(f"{value['model']}, {value['documents']}, {value['tokens']:,} held-out tokens", end="")
+        print(f", dense perplexity {value['dense_perplexity']:.3f}, {value['hardly_reached']} experts hardly reached")
     if arguments.json:
-        arguments.json.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        arguments.json.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from autotune.errors import InputError, did_you_mean
+from autotune.kernels.cpu import build
 from autotune.search_space.coverage import KernelSpec, Limits
 from autotune.search_space.schemes import MORE, SCHEMES
 from autotune.store import digest, file_digest
@@ -38,6 +39,12 @@ class GroupWeight:
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None  # (out,) in the model's dtype
     zeros: torch.Tensor | None = None  # int8 (out, groups): the code that stands for 0, of asymmetric integers
+
+    def part(self, rows: slice) -> GroupWeight:
+        """Some of the output rows; nothing is copied."""
+        names = ("dense", "codes", "scales", "bias", "zeros")
+        tensors = {name: tensor[rows] for name in names if (tensor := getattr(self, name)) is not None}
+        return GroupWeight(self.scheme, **tensors)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ _NATIVE = Limits(features=("cxx", "avx2|dotprod"))  # compiled here, for the bes
 _TRITON_LIMITS = Limits(16, 8, ("triton",), min_compute_capability=8.0)
 _TRITON_SPARSE = Limits(32, 8, ("triton",), min_compute_capability=8.0)  # words of eight quads; no sparse tensor cores
 _NATIVE_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16"))
+_AMX = Limits(features=("cxx", "avx512bw", "avx512_vnni", "amx_tile", "amx_int8"))  # few rows are for VNNI there too
+_AMX_BF16 = Limits(features=("cxx", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16"))
+
+_UNTRIED = "never run on a CPU with AMX: what the gate refuses there is left out"
 
 # Everything but the models' own numbers.
 _ANY = tuple(item.name for item in (*SCHEMES, *MORE) if not item.is_dense)
@@ -105,10 +116,58 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec("cpu.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
     KernelSpec("cpu.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.w4a16", _INT4, "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec("cpu.w3a16", ("w3a16-int3-g128",), "cpu", _FLOATS, _CPU + "narrow", _NATIVE),
+    KernelSpec("cpu.w2a16", ("w2a16-int2-g128",), "cpu", _FLOATS, _CPU + "narrow", _NATIVE),
     KernelSpec("cpu.24.bf16", ("2:4",), "cpu", ("bf16",), _CPU + "bf16", _NATIVE_BF16),
     KernelSpec("cpu.24.w8a8", ("2:4+w8a8-int8",), "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a8", _SPARSE_INT4_A8, "cpu", _FLOATS, _CPU + "integer", _NATIVE, compute_format="int8"),
     KernelSpec("cpu.24.w4a16", ("2:4+w4a16-int4-g128",), "cpu", _FLOATS, _CPU + "integer", _NATIVE),
+    KernelSpec("cpu.amx.bf16", ("bf16",), "cpu", ("bf16",), _CPU + "amx_bf16", _AMX_BF16, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.w8a8",
+        ("w8a8-int8",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec("cpu.amx.w8a16", ("w8a16-int8",), "cpu", _FLOATS, _CPU + "amx_integer", _AMX, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.w4a8", _INT4_A8, "cpu", _FLOATS, _CPU + "amx_integer", _AMX, compute_format="int8", notes=_UNTRIED
+    ),
+    KernelSpec("cpu.amx.w4a16", _INT4, "cpu", _FLOATS, _CPU + "amx_integer", _AMX, notes=_UNTRIED),
+    KernelSpec("cpu.amx.24.bf16", ("2:4",), "cpu", ("bf16",), _CPU + "amx_bf16", _AMX_BF16, notes=_UNTRIED),
+    KernelSpec(
+        "cpu.amx.24.w8a8",
+        ("2:4+w8a8-int8",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec(
+        "cpu.amx.24.w4a8",
+        _SPARSE_INT4_A8,
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        compute_format="int8",
+        notes=_UNTRIED,
+    ),
+    KernelSpec(
+        "cpu.amx.24.w4a16",
+        ("2:4+w4a16-int4-g128",),
+        "cpu",
+        _FLOATS,
+        _CPU + "amx_integer",
+        _AMX,
+        notes=_UNTRIED,
+    ),
     KernelSpec("cuda.bf16", ("bf16",), "cuda", ("bf16",), _TORCH + "cuda_dense"),
     KernelSpec("cuda.fp32", ("fp32",), "cuda", ("fp32",), _TORCH + "cuda_dense", compute_format="fp32"),
     KernelSpec(
@@ -230,13 +289,17 @@ def kernel(name: str) -> KernelSpec:
 
 
 def kernel_hash(spec: KernelSpec) -> str:
-    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version."""
+    """sha256 of what a measurement depends on: the source of kernel, reference and formats, and torch's version.
+
+    Of kernels compiled here: everything beside them, which they share, and what compiles it.
+    """
     module = _source(spec.module)
-    native = sorted([*module.parent.glob("*.h"), module.with_suffix(".cpp")])
-    reference = [_source(f"autotune.kernels.{name}") for name in ("reference", "formats")]
-    shared = sorted(module.parent.glob("*.py")) if spec.device == "cuda" else []  # quantizing and rescaling are there
-    files = [module, *reference, *shared, *(path for path in native if path.is_file())]
-    return digest([spec.name, *map(file_digest, files), version("torch")])
+    compiled = "cxx" in spec.limits.features
+    used = ("reference", "formats", "packing") if compiled else ("reference", "formats")
+    shared = {".py", ".h", ".cpp"} if compiled else {".py"} if spec.device == "cuda" else set()
+    files = [module, *(_source(f"autotune.kernels.{name}") for name in used)]
+    files += sorted(path for path in module.parent.iterdir() if path.suffix in shared)
+    return digest([spec.name, *map(file_digest, files), *(build.made_by() if compiled else ()), version("torch")])
 
 
 def dense_of(weight: GroupWeight) -> torch.Tensor:

@@ -22,7 +22,7 @@ _WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 def weight_bytes(item: Scheme, group: LayerGroup, dtype: str) -> int:
     """Bytes of a group's weights, biases included, under a scheme."""
-    return packed_weight_bytes(item.name, shape_of(group), dtype)
+    return group.experts * packed_weight_bytes(item.name, shape_of(group), dtype)
 
 
 def packed_weight_bytes(name: str, shape: Shape, dtype: str, copies: float = 1.0) -> int:

@@ -73,7 +73,7 @@ class Choice:
     packed_bytes: int
     status: Status
     noisy: bool
-    phases_us: tuple[float, ...]  # one call in each phase of the workload
+    phases_us: tuple[float, ...]  # one pass through the group in each phase of the workload: a call, or one an expert
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class LatencyTable:
         for kernel in by_phase[0]:
             rows = [phase[kernel] for phase in by_phase if kernel in phase]
             if len(rows) == len(by_phase) and all(row.status != "failed" for row in rows):
-                choices.append(_choice(rows, workload))
+                choices.append(_choice(rows, group, workload))
         return min(choices, key=lambda choice: (choice.latency_us, choice.kernel), default=None)
 
     def failures(self, group: LayerGroup, scheme: str, workload: Workload) -> tuple[str, ...]:
@@ -137,12 +137,13 @@ class LatencyTable:
 
 
 def shape_of(group: LayerGroup) -> Shape:
-    """What a group's latency depends on, besides rows and dtype."""
-    return tuple(member.out_features for member in group.members), group.in_features, group.bias
+    """What the latency of one call of a group depends on, besides rows and dtype."""
+    return tuple(member.out_features for member in group.parts[0].members), group.in_features, group.bias
 
 
-def _choice(rows: list[LatencyRow], workload: Workload) -> Choice:
-    counts = [phase.count for phase in workload.phases]
+def _choice(rows: list[LatencyRow], group: LayerGroup, workload: Workload) -> Choice:
+    calls = [phase.calls(group) for phase in workload.phases]
+    counts = [phase.count * each for phase, each in zip(workload.phases, calls, strict=True)]
 
     def total(values: Iterable[float | None]) -> float:
         return sum(count * (value or 0.0) for count, value in zip(counts, values, strict=True))
@@ -153,10 +154,10 @@ def _choice(rows: list[LatencyRow], workload: Workload) -> Choice:
         latency_us=total(row.median_us for row in rows),
         low_us=total(row.low_us for row in rows),
         high_us=total(row.high_us for row in rows),
-        packed_bytes=max(row.packed_bytes for row in rows),
+        packed_bytes=max(row.packed_bytes for row in rows) * group.experts,
         status="estimated" if any(row.status == "estimated" for row in rows) else "measured",
         noisy=any(row.noisy for row in rows),
-        phases_us=tuple(row.median_us or 0.0 for row in rows),
+        phases_us=tuple(each * (row.median_us or 0.0) for each, row in zip(calls, rows, strict=True)),
     )
 
 

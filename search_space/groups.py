@@ -1,12 +1,14 @@
 """What a model is to the search: its layer groups, and every other tensor with the reason it is kept.
 
 A layer group holds the linear layers that read the same input and that engines fuse into one kernel (q/k/v, gate/up).
-They get one decision and run as one call, their rows stacked in member order.
+They get one decision and run as one call, their rows stacked in member order. The experts of a layer get one decision
+too, but each of them runs as a call of its own, on the tokens that were sent to it: see `LayerGroup.parts`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from autotune.errors import InputError
@@ -33,6 +35,8 @@ class LayerGroup:
     layer: int | None  # index of the block; None outside of blocks
     members: tuple[Linear, ...]
     last_token_only: bool = False  # lm_head: generation asks for the last position's logits only
+    experts: int = 1  # of a mixture: members are those of each expert in turn, all of one shape
+    experts_per_token: int = 1
 
     @property
     def in_features(self) -> int:
@@ -47,8 +51,27 @@ class LayerGroup:
         return self.in_features * self.out_features
 
     @property
+    def weights_per_token(self) -> int:
+        """Those that one token is multiplied with."""
+        return self.weights * self.experts_per_token // self.experts
+
+    @property
     def bias(self) -> bool:
         return any(member.bias for member in self.members)
+
+    @cached_property
+    def parts(self) -> tuple[LayerGroup, ...]:
+        """What runs as one kernel call each: the group itself, or its experts as groups named GROUP[0], GROUP[1] ..."""
+        if self.experts == 1:
+            return (self,)
+        size = len(self.members) // self.experts
+        members = [self.members[size * number : size * (number + 1)] for number in range(self.experts)]
+        return tuple(LayerGroup(f"{self.name}[{n}]", self.role, self.layer, own) for n, own in enumerate(members))
+
+    def rows(self, number: int) -> slice:
+        """The stacked rows of one part."""
+        size = self.parts[0].out_features
+        return slice(size * number, size * (number + 1))
 
 
 @dataclass(frozen=True)

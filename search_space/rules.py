@@ -67,7 +67,12 @@ def _judge(
 
 
 def _format_misfit(scheme: Scheme, group: LayerGroup) -> str:
-    size = scheme.weight.group_size
+    size, part = scheme.weight.group_size, group.parts[0]
+    if group.experts > 1 and (scheme.weight.rows is None or scheme.weight.scale == "e4m3"):
+        return "one scale for the whole tensor would be shared by all experts"
+    if group.experts > 1 and part.out_features % (scheme.weight.rows or 1):
+        rows = scheme.weight.rows
+        return f"an expert's {part.out_features} outputs are not a multiple of the {rows} that share a scale"
     if size and group.in_features % size:
         return f"{group.in_features} inputs are not a multiple of the scale group {size}"
     if scheme.block and group.in_features % scheme.block:
@@ -88,8 +93,9 @@ def _misfit(kernel: KernelSpec, group: LayerGroup, dtype: str, target: Target) -
         return f"works up to compute capability {limits.max_compute_capability}, {target.name} has {capability}"
     if group.in_features % limits.in_multiple:
         return f"{group.in_features} inputs are not a multiple of {limits.in_multiple}"
-    if group.out_features % limits.out_multiple:
-        return f"{group.out_features} outputs are not a multiple of {limits.out_multiple}"
+    outputs = group.parts[0].out_features
+    if outputs % limits.out_multiple:
+        return f"{outputs} outputs are not a multiple of {limits.out_multiple}"
     return ""
 
 

@@ -22,8 +22,18 @@ class Phase:
     count: float
 
     def rows(self, group: LayerGroup) -> int:
-        """Rows this group's kernel is called with; generation computes the last position's logits only."""
-        return self.batch if group.last_token_only else self.tokens
+        """Rows this group's kernel is called with; generation computes the last position's logits only. Experts share
+        the tokens: of those that get any, each gets the mean number."""
+        tokens = self.batch if group.last_token_only else self.tokens
+        return tokens if group.experts == 1 else max(1, round(tokens * group.experts_per_token / self.calls(group)))
+
+    def calls(self, group: LayerGroup) -> float:
+        """Kernel calls of this group: 1, or how many experts get any token if each token chooses its experts with equal
+        probability, independently of the others. Exact for one token; routers that prefer some experts reach fewer."""
+        if group.experts == 1:
+            return 1.0
+        missed = (1 - group.experts_per_token / group.experts) ** self.tokens
+        return group.experts * (1 - missed)
 
 
 @dataclass(frozen=True)

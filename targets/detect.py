@@ -174,9 +174,12 @@ def detect_cpu(root: Path = ROOT) -> Target:
 
 def compiler() -> str | None:
     """The C++ compiler for native kernels (feature `cxx`): `CXX` where it is set, else the first installed."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()  # blank counts as not set, as for make
     if named:
-        return named if shutil.which(shlex.split(named)[0]) else None
+        try:
+            return named if shutil.which(shlex.split(named)[0]) else None
+        except ValueError:  # a quotation that does not end
+            return None
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -33,33 +33,50 @@ from autotune.targets.detect import detect_cpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FEATURES = detect_cpu().features
-SPECS = tuple(spec for spec in KERNELS if "cxx" in spec.limits.features)
+COMPILED = tuple(spec for spec in KERNELS if "cxx" in spec.limits.features)
+AMX_SPECS = tuple(spec for spec in COMPILED if "amx_tile" in spec.limits.features)
+SPECS = tuple(spec for spec in COMPILED if spec not in AMX_SPECS)
 FAST = ("-O1", "-std=c++17", "-fPIC", "-fopenmp", "-w")  # a variant is run for moments: compiling it is what costs
 NATIVE, AVX2 = (*FAST, "-march=native"), (*FAST, "-mavx2", "-mfma", "-mno-avx512f")
+# Tiles in plain C++; optimized, or the tests would take minutes.
+EMULATED = ("-O3", *FAST[1:], "-march=native", "-DAUTOTUNE_EMULATED_TILES")
 
 Change = tuple[str, str, str]  # file, what it holds exactly once, what to put there
 _numbers = itertools.count()
 
 
 def short(spec: KernelSpec) -> str:
-    """The module's own name: `integer` or `bf16`."""
-    return spec.module.rpartition(".")[2].removesuffix("_avx2")
+    """The module's own name, whatever it is built for: `integer`, `narrow` or `bf16`."""
+    return spec.module.rpartition(".")[2].removeprefix("amx_").removesuffix("_avx2").removesuffix("_emulated")
+
+
+def family(spec: KernelSpec) -> str:
+    """The module that packs: `integer` or `bf16`."""
+    return "bf16" if short(spec) == "bf16" else "integer"
 
 
 def cases(module: str | None = None, activations: bool | None = None) -> list[object]:
     """(spec, scheme, dtype) of the compiled kernels, all or of one module, with or without quantized activations.
 
-    Integer kernels come twice: as this CPU runs them, and as one without AVX-512 would.
+    Integer kernels come twice: as this CPU runs them, and as one without AVX-512 would. AMX kernels too: on tiles where
+    there are any, and on emulated ones.
     """
     found = []
-    for spec in (*SPECS, *_avx2_specs()):
+    for spec in (*COMPILED, *_avx2_specs(), *_emulated_specs()):
         missing = lacking(spec.limits.features, FEATURES)
         marks = [pytest.mark.skipif(bool(missing), reason=f"this CPU lacks {', '.join(missing)}")]
         for name, dtype in itertools.product(spec.schemes, spec.dtypes):
-            if module not in (None, short(spec)) or activations not in (None, scheme(name).activation is not None):
+            slow = [pytest.mark.slow] if ".emulated" in spec.name and _seldom(name, dtype) else []
+            if module not in (None, family(spec)) or activations not in (None, scheme(name).activation is not None):
                 continue
-            found.append(pytest.param(spec, name, DTYPES[dtype], id=f"{spec.name}-{name}-{dtype}", marks=marks))
+            found.append(pytest.param(spec, name, DTYPES[dtype], id=f"{spec.name}-{name}-{dtype}", marks=marks + slow))
     return found
+
+
+def _seldom(name: str, dtype: str) -> bool:
+    """Emulated tiles take their time: forms that differ in little but sizes from others are left to `make test-all`."""
+    others = "-g64" in name or "w4a8-int4-g128" in name
+    return others or (dtype == "fp32" and scheme(name).activation is not None and name != "w8a8-int8")
 
 
 def runs_here(module: str, flags: Sequence[str] | None = None) -> bool:
@@ -124,30 +141,67 @@ def assert_close(y: torch.Tensor, made: GroupWeight, x: torch.Tensor) -> None:
 
 def variant(name: str, folder: Path, flags: tuple[str, ...] | None, changes: Iterable[Change] = ()) -> KernelModule:
     """The kernel module `name` from changed copies of its files; flags None: with the library that is there already."""
+    copies = copied(folder, changes)
+    if name.startswith("amx_"):
+        return emulated(name, flags or EMULATED, copies)
+    module = _imported(copies / f"{name}.py")
+    if flags is None:
+        module.build = build
+    else:
+        path = built(copies, name, flags)
+        module.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
+    return module
+
+
+def copied(folder: Path, changes: Iterable[Change] = ()) -> Path:
+    """A folder below this one with the kernels' files, changed."""
     copies = Path(shutil.copytree(build.FOLDER, folder / f"sources{next(_numbers)}", ignore=_not_sources))
     for file, old, new in changes:
         text = (copies / file).read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{file} does not hold once: {old}"
         (copies / file).write_text(text.replace(old, new), encoding="utf-8")
-    module = _imported(copies / f"{name}.py")
-    if flags is None:
-        module.build = build
-    else:
-        with patch.object(build, "FOLDER", copies):
-            path = build.build(name, flags)
-        module.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
-    return module
+    return copies
+
+
+def built(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
+    """The library of NAME.cpp in a folder of sources."""
+    with patch.object(build, "FOLDER", folder):
+        return build.build(name, flags)
 
 
 @cache
 def _avx2_specs() -> tuple[KernelSpec, ...]:
-    """Under a module name of their own, and compiled when the first of them runs."""
-    module = _imported(build.FOLDER / "integer.py")
-    module.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
-    sys.modules["integer_avx2"] = module
-    specs = [spec for spec in SPECS if short(spec) == "integer"]
+    """Under module names of their own, and compiled when the first of them runs."""
+    made = []
     limits = Limits(features=("cxx", "avx2", "fma"))
-    return tuple(replace(spec, name=f"{spec.name}.avx2", module="integer_avx2", limits=limits) for spec in specs)
+    for name in ("integer", "narrow"):
+        module = _imported(build.FOLDER / f"{name}.py")
+        module.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
+        sys.modules[f"{name}_avx2"] = module
+        specs = [spec for spec in SPECS if short(spec) == name]
+        made += [replace(spec, name=f"{spec.name}.avx2", module=f"{name}_avx2", limits=limits) for spec in specs]
+    return tuple(made)
+
+
+@cache
+def _emulated_specs() -> tuple[KernelSpec, ...]:
+    """AMX kernels for CPUs without AMX; every number of rows goes through tiles."""
+    for name in ("amx_integer", "amx_bf16"):
+        sys.modules[f"{name}_emulated"] = emulated(name, EMULATED)
+    made = []
+    for spec in AMX_SPECS:
+        module, limits = f"{spec.module.rpartition('.')[2]}_emulated", Limits(features=("cxx", "avx2", "fma"))
+        made.append(replace(spec, name=f"{spec.name}.emulated", module=module, limits=limits))
+    return tuple(made)
+
+
+def emulated(name: str, flags: tuple[str, ...], folder: Path = build.FOLDER) -> ModuleType:
+    """An AMX module from `folder`, compiled under these flags when it first runs, its own memory of libraries."""
+    module, amx = _imported(folder / f"{name}.py"), _imported(folder / "amx.py")
+    amx.build = SimpleNamespace(library=lambda library: ctypes.CDLL(str(built(folder, library, flags))))
+    module._function = partial(amx.function, *module._function.args)
+    module.LEAST_ROWS = 0
+    return module
 
 
 def only(*wanted: tuple[str, str]) -> list[Change]:

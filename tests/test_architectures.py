@@ -83,6 +83,26 @@ def _gated(bias: bool = False) -> tuple[tuple[str, str, tuple[str, ...], bool], 
     )
 
 
+def _experts(shared: bool) -> tuple[tuple[str, str, tuple[str, ...], bool], ...]:
+    """A block with four experts, and perhaps one that all tokens take."""
+    pairs = tuple(f"mlp.experts.{number}.{name}" for number in range(4) for name in ("gate_proj", "up_proj"))
+    downs = tuple(f"mlp.experts.{number}.down_proj" for number in range(4))
+    own = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    return (
+        *_gated(shared)[:2],
+        ("mlp.experts.gate_up", "experts_gate_up", pairs, False),
+        ("mlp.experts.down_proj", "experts_down", downs, False),
+        *(
+            (
+                ("mlp.shared_expert.gate_up", "gate_up", own, False),
+                ("mlp.shared_expert.down_proj", "down", ("mlp.shared_expert.down_proj",), False),
+            )
+            if shared
+            else ()
+        ),
+    )
+
+
 def _config(name: str, **values: Any) -> Callable[[], Any]:
     def make() -> Any:
         import transformers
@@ -93,6 +113,8 @@ def _config(name: str, **values: Any) -> Callable[[], Any]:
 
 
 _LLAMA = {**DECODER, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _OPT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -162,6 +184,26 @@ CASES = (
         _gated(),
         "model.layers.",
         tied=True,
+    ),
+    Case(
+        "qwen2_moe",
+        _config("Qwen2MoeConfig", **_LLAMA, **_MOE, moe_intermediate_size=64, shared_expert_intermediate_size=128),
+        _experts(shared=True),
+        "model.layers.",
+        "fp32",
+        torch.float32,
+    ),
+    Case(
+        "mixtral",
+        _config("MixtralConfig", **_LLAMA, **_MOE, num_local_experts=4),
+        _experts(shared=False),
+        "model.layers.",
+        "fp32",
+        torch.float32,
+        stored=(
+            ("mlp.", "block_sparse_moe."),
+            *((f"{ours}.weight", f"{theirs}.weight") for ours, theirs in _MIXTRAL.items()),
+        ),
     ),
     Case("mistral", _config("MistralConfig", **_LLAMA, sliding_window=16), _gated(), "model.layers."),
     Case("gemma", _config("GemmaConfig", **_LLAMA, head_dim=64), _gated(), "model.layers.", tied=True),
@@ -514,7 +556,9 @@ def test_losses_are_estimated_and_measured(world: World) -> None:
         measured = teacher.measure(chosen).kl_nats
         estimated = sum(rows[group, name].loss_nats for group in chosen)
         print(f"{world.case}: {name} estimated {estimated:.2e}, measured {measured:.2e}")
-        assert estimated / 4 <= measured <= 4 * estimated
+        # A token that a small change sends to another expert is no derivative, and costs this much here.
+        switched = 0.01 if any(group.experts > 1 for group in world.spec.groups) else 0.0
+        assert estimated / 4 <= measured <= 4 * estimated + switched
 
 
 def test_as_a_large_model_it_is_measured_in_bf16_products(world: World) -> None:
@@ -545,7 +589,6 @@ def test_a_forward_pass_that_needs_a_mask_is_traced(tmp_path: Path) -> None:
     ("name", "values", "words"),
     [
         ("T5Config", {"d_model": 64, "d_ff": 128, "num_layers": 1, "d_kv": 16, "num_heads": 4}, "could not be traced"),
-        ("MixtralConfig", {**_LLAMA, "num_local_experts": 2, "sliding_window": None}, "experts are stored one by one"),
     ],
 )
 def test_what_cannot_be_described_is_refused_in_words(

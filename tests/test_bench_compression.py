@@ -25,6 +25,20 @@ def bench():
     yield module
     sys.path.remove(str(BENCHMARKS))
     sys.modules.pop("compression_rivals", None)
+    sys.modules.pop("compression_peers", None)
+
+
+def test_experts_are_compressed_one_by_one(bench, tmp_path):
+    data = tiny.write_documents(tmp_path / "data.jsonl")
+    folder = tiny.make_model("moe", tmp_path / "model", num_hidden_layers=1)
+    opened = bench.open_model(str(folder))
+    stitched = bench.Stitched(bench.load_model(opened, torch.float32), opened.spec)
+    assert [len(stitched.dense[f"model.layers.0.mlp.experts.down_proj[{n}]"]) for n in range(4)] == [64] * 4
+    arguments = [str(folder), "--data", str(data), "--tokens", "200", "--json", str(tmp_path / "rows.json")]
+    assert bench.main([*arguments, "--methods", "joint,wanda", "--formats", "w4a16-int4-g64"]) == 0
+    [written] = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in written["rows"]] == ["joint", "wanda"]
+    assert 0 < written["rows"][0]["layer_error"] < written["rows"][1]["layer_error"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +47,8 @@ def value(bench, models, tmp_path_factory):
     data = tiny.write_documents(folder / "data.jsonl")
     arguments = [str(models("llama")), "--data", str(data), "--json", str(folder / "rows.json")]
     assert bench.main([*arguments, "--tokens", "200", "--formats", "int8,2:4,2:4+int8"]) == 0
-    return json.loads((folder / "rows.json").read_text())
+    [written] = json.loads((folder / "rows.json").read_text())
+    return written
 
 
 def test_every_method_is_measured_in_every_format(bench, value):
@@ -46,6 +61,8 @@ def test_every_method_is_measured_in_every_format(bench, value):
         expected = value["dense_perplexity"] * math.exp(row["dnll_nats"]["mean"])
         assert row["perplexity"] == pytest.approx(expected)
         assert row["layer_error"] > 0
+    found = {(row["format"], row["method"]): row["kl_nats"]["mean"] for row in value["rows"]}
+    assert len({found["2:4", method] for method in ("joint", "prune-then-gptq", "wanda", "magnitude")}) == 4
 
 
 def test_differences_are_those_of_the_means(value):
@@ -80,6 +97,37 @@ def test_sparsegpt_prunes_better_than_wanda_and_leaves_two_of_four(bench):
     assert torch.equal(kept.view(24, -1, 4).sum(-1), torch.full((24, 32), 2))
     assert not bool(found[~kept].any())
     assert error(weight, found, hessian) < error(weight, weight * wanda.mask_24(weight, hessian.diagonal()), hessian)
+
+
+def test_another_packages_weights_are_judged_by_the_same_code(bench, models, tmp_path, monkeypatch):
+    """A peer that rounds as `wanda` does loses what `wanda` loses."""
+
+    def rounds(model, tokenizer, documents):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        item, method, made = bench.EVERY["int8"], bench.ALL["wanda"], {}
+        for name, module in layers.items():
+            inputs = bench.InputStatistics(torch.ones(module.in_features))
+            made[name] = bench.valued(method(module.weight.detach(), inputs, [item])[0], item)
+        return made
+
+    monkeypatch.setitem(bench.PEERS, "auto-round", ("torch", {"int8": rounds}))
+    data = tiny.write_documents(tmp_path / "data.jsonl")
+    arguments = [str(models("llama")), "--data", str(data), "--tokens", "200", "--json", str(tmp_path / "rows.json")]
+    arguments += ["--formats", "int8", "--methods", "joint,wanda", "--peers", "auto-round", "--keep-head"]
+    assert bench.main(arguments) == 0
+    [written] = json.loads((tmp_path / "rows.json").read_text())
+    joint, wanda, peer = written["rows"]
+    assert [peer["method"], peer["format"]] == ["auto-round", "int8"]
+    assert peer["kl_nats"]["mean"] == pytest.approx(wanda["kl_nats"]["mean"], rel=0.5)
+    assert peer["over_joint"]["mean"] == pytest.approx(peer["kl_nats"]["mean"] - joint["kl_nats"]["mean"])
+
+
+@pytest.mark.parametrize("extra", [["--keep-head"], []])
+def test_peers_that_cannot_be_compared_are_refused(bench, extra, monkeypatch, capsys):
+    monkeypatch.setitem(bench.PEERS, "auto-round", ("no_such_package", {}))
+    with pytest.raises(SystemExit):
+        bench.main(["--peers", "auto-round", *extra])
+    assert ("no_such_package" if extra else "--keep-head") in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(bench, capsys):

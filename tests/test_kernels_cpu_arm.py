@@ -25,6 +25,7 @@ DRIVER = r"""
 #include <cstdio>
 #include <vector>
 #include "integer.cpp"
+#include "narrow.cpp"
 
 static std::vector<char> part(FILE* file) {
     int64_t size;
@@ -47,7 +48,8 @@ int main(int, char** names) {
     linear.bias = parts[4].empty() ? nullptr : reinterpret_cast<float*>(parts[4].data());
     const int64_t width = linear.bf16 ? 2 : 4, rows = parts[5].size() / width / linear.inputs;
     std::vector<char> y(rows * linear.outputs * width);
-    if (autotune_linear(&linear, parts[5].data(), rows, y.data(), 2)) return 1;
+    const auto call = linear.format < 4 ? autotune_linear : autotune_narrow;
+    if (call(&linear, parts[5].data(), rows, y.data(), 2)) return 1;
     file = fopen(names[2], "wb");
     fwrite(y.data(), 1, y.size(), file);
     return fclose(file);
@@ -59,6 +61,8 @@ KERNELS = {
     "w8a16-int8": "cpu.w8a16",
     "w4a8-int4-g64": "cpu.w4a8",
     "w4a16-int4-g128": "cpu.w4a16",
+    "w3a16-int3-g128": "cpu.w3a16",
+    "w2a16-int2-g128": "cpu.w2a16",
     "2:4+w8a8-int8": "cpu.24.w8a8",
     "2:4+w4a16-int4-g128": "cpu.24.w4a16",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tiny
 
 from autotune.errors import DeviceError
+from autotune.kernels import spec as kernels
 from autotune.kernels.cpu import build
 from autotune.kernels.spec import KERNELS, kernel_hash
 from autotune.search_space.groups import LayerGroup, Linear
@@ -70,12 +72,14 @@ def test_the_second_call_does_not_compile(sources, tmp_path, monkeypatch):
     assert _left(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("changed", ["answer.cpp", "answer.h", "flags", "compiler", "cpu"])
+@pytest.mark.parametrize("changed", ["answer.cpp", "answer.h", "flags", "compiler", "options", "cpu"])
 def test_whatever_it_is_made_of_gives_it_another_name(sources, tmp_path, monkeypatch, changed):
     before = build.build("answer", FLAGS)
     flags = (*FLAGS, "-g") if changed == "flags" else FLAGS
     if changed == "compiler":
         _script(tmp_path, monkeypatch, 'exec $REAL "$@"')
+    elif changed == "options":
+        monkeypatch.setenv("CXX", f"{COMPILER} -DkUnused")
     elif changed == "cpu":
         monkeypatch.setattr(build, "_cpu_flags", lambda: "flags: another")
     elif changed != "flags":
@@ -88,14 +92,52 @@ def test_whatever_it_is_made_of_gives_it_another_name(sources, tmp_path, monkeyp
 
 def test_every_header_used_counts():
     """Libraries are kept by a hash of what `sources` lists, so that nothing else may be included."""
-    hashed = {spec.name: kernel_hash(spec) for spec in native.SPECS}
-    assert len(set(hashed.values())) == len(native.SPECS)
-    for spec in native.SPECS:
-        files = build.sources(native.short(spec))
+    hashed = {spec.name: kernel_hash(spec) for spec in native.COMPILED}
+    assert len(set(hashed.values())) == len(native.COMPILED)
+    for spec in native.COMPILED:
+        files = build.sources(spec.module.rpartition(".")[2])
         assert [path.suffix for path in files] == [".cpp"] + [".h"] * (len(files) - 1)
         assert all(path.is_file() for path in files)
         used = {line.split('"')[1] for path in files for line in path.read_text().splitlines() if '#include "' in line}
         assert used <= {path.name for path in files}
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch) -> Path:
+    """The folder of a copy of `autotune.kernels`, which is what `kernel_hash` reads."""
+    shutil.copytree(build.FOLDER.parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def source(module: str) -> Path:
+        return tmp_path.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+    monkeypatch.setattr(kernels, "_source", source)
+    return tmp_path / "kernels"
+
+
+@pytest.mark.parametrize("changed", ["integer.cpp", "simd.h", "build.py", "memory.py", "../packing.py", "integer.py"])
+def test_times_are_forgotten_when_a_source_changes(copied, changed):
+    """AMX kernels leave few rows to the others, so they hang on their sources too."""
+    compiled = [spec for spec in native.COMPILED if native.family(spec) == "integer"]
+    before = [kernel_hash(spec) for spec in compiled]
+    assert before == [kernel_hash(spec) for spec in compiled]
+    with open(copied / "cpu" / changed, "a") as file:
+        file.write("\n")
+    assert not set(before) & {kernel_hash(spec) for spec in compiled}
+
+
+@pytest.mark.parametrize("changed", ["flags", "compiler", "options", "none"])
+def test_times_are_forgotten_with_another_compiler(copied, tmp_path, monkeypatch, changed):
+    compiled, other = native.SPECS[0], kernels.kernel("torch.cpu.bf16")
+    before = kernel_hash(compiled), kernel_hash(other)
+    if changed == "flags":
+        monkeypatch.setattr(build.made_by, "__defaults__", (FLAGS,))
+    elif changed == "compiler":
+        _script(tmp_path, monkeypatch, "")
+    else:
+        monkeypatch.setenv("CXX", f"{COMPILER} -DkUnused" if changed == "options" else "no-such-compiler")
+    after = kernel_hash(compiled), kernel_hash(other)
+    assert after[0] != before[0]
+    assert after[1] == before[1]
 
 
 def _build_into(queue: multiprocessing.Queue) -> None:
@@ -153,10 +195,10 @@ def test_a_linker_that_fails(sources, tmp_path, monkeypatch):
     assert _left(tmp_path) == []
 
 
-@pytest.mark.parametrize("hidden", ["named", "path"])
+@pytest.mark.parametrize("hidden", ["named", "quoted", "path"])
 def test_no_compiler(sources, tmp_path, monkeypatch, hidden):
-    if hidden == "named":
-        monkeypatch.setenv("CXX", "no-such-compiler")
+    if hidden != "path":
+        monkeypatch.setenv("CXX", "no-such-compiler" if hidden == "named" else "'c++")
     else:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "")
@@ -164,6 +206,15 @@ def test_no_compiler(sources, tmp_path, monkeypatch, hidden):
         build.build("answer", FLAGS)
     assert _left(tmp_path) == []
     assert "cxx" not in detect.detect_cpu().features
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_name_counts_as_none(monkeypatch, blank):
+    monkeypatch.setenv("CXX", blank)
+    found = detect.compiler()
+    monkeypatch.delenv("CXX")
+    assert found is not None
+    assert found == detect.compiler()
 
 
 def test_a_compiler_that_is_no_program(sources, tmp_path, monkeypatch):
@@ -209,7 +260,7 @@ def test_without_a_compiler_the_search_falls_back(models):
     """Schemes that only the compiled kernels offer become illegal, and say why; all others keep a kernel."""
     here = tiny.here()
     target = dataclasses.replace(here, features=tuple(name for name in here.features if name != "cxx"))
-    compiled = {spec.name for spec in native.SPECS}
+    compiled = {spec.name for spec in native.COMPILED}
     group = LayerGroup("layers.0.qkv", "qkv", 0, (Linear("q.weight", "q", 256, 512, False),))
     lost = set()
     for item in SCHEMES:

@@ -16,7 +16,8 @@ from signal import SIGSEGV
 import native
 import pytest
 import torch
-from native import AVX2, NATIVE, assert_close, cases, inputs_of, normal, one_thread, only, variant, weight  # noqa: F401
+from native import AVX2, EMULATED, NATIVE, assert_close, cases, inputs_of, normal, only, variant, weight
+from native import one_thread as one_thread
 
 from autotune.errors import DeviceError
 from autotune.kernels.checks import gate
@@ -31,9 +32,17 @@ EXACT = [
     ("rows.h", "size_ = (bytes + 4095) / 4096 * 4096;", "size_ = bytes;"),
     ("rows.h", "std::aligned_alloc(4096, size_)", "std::malloc(size_)"),
 ]
-FUNCTIONS = {"integer": "autotune_linear", "bf16": "autotune_bf16"}
+FUNCTIONS = {
+    "integer": "autotune_linear",
+    "narrow": "autotune_narrow",
+    "bf16": "autotune_bf16",
+    "amx_integer": "autotune_amx_linear",
+    "amx_bf16": "autotune_amx_bf16",
+}
 BRIEF = (("w4a16-int4-g32", "fp32"), ("2:4+w8a8-int8", "bf16"))
 BF16 = (("bf16", "bf16"), ("2:4", "bf16"))
+NARROW = tuple((name, dtype) for name in ("w3a16-int3-g128", "w2a16-int2-g128") for dtype in ("bf16", "fp32"))
+TILED = (("w8a8-int8", "bf16"), ("w4a8-int4-g32", "bf16"), ("2:4+w4a16-int4-g128", "fp32"))
 EVERYTHING = tuple(
     (name, dtype)
     for spec in native.SPECS
@@ -127,15 +136,23 @@ def _runtime(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def _packer(name: str) -> KernelModule:
+    return import_module(f"autotune.kernels.cpu.{name.removeprefix('amx_')}")
+
+
 @pytest.fixture
 def watched(tmp_path, tmp_path_factory):
     """(module, what of it, flags) -> calls of that kernel, sanitized and built once."""
 
     def get(name: str, wanted: Sequence[tuple[str, str]] = (), flags: Sequence[str] = NATIVE[-1:]) -> _Watched:
-        if not native.runs_here(name, flags):
+        if not native.runs_here(name.removeprefix("amx_"), flags):
             pytest.skip("this CPU cannot run the kernel")
         if not Path(_runtime("libasan.so")).is_absolute():
             pytest.skip("the compiler has no sanitizers")
+        if name.startswith("amx_"):  # packed by the others: a sanitized library does not load in this process
+            sources = native.copied(tmp_path_factory.mktemp("sources"), EXACT)
+            library = native.built(sources, name, (*SANITIZED, *flags, EMULATED[-1]))
+            return _Watched(name, tmp_path / name, _packer(name), library)
         fewer = only(*wanted) if name == "integer" else []
         module = variant(name, tmp_path_factory.mktemp("sources"), (*SANITIZED, *flags), [*EXACT, *fewer])
         return _Watched(name, tmp_path / name, module, module.build.path)
@@ -160,17 +177,37 @@ def test_sanitizers_find_nothing_in_bf16(watched):
     _fill(watched("bf16"), BF16, (1, 15, 17, 48), (1, 4, 31, 32, 33, 100), (1, 2, 3, 8, 13)).check()
 
 
+def test_sanitizers_find_nothing_around_tiles(watched):
+    """Tiles are emulated: what they load and store is seen, and a fault ends the process."""
+    _fill(watched("amx_integer"), TILED, (1, 17, 48), (4, 33, 100), (1, 17, 33)).check()
+
+
+def test_sanitizers_find_nothing_around_bf16_tiles(watched):
+    _fill(watched("amx_bf16"), BF16, (1, 17, 48), (4, 33, 100), (1, 17, 33)).check()
+
+
 def _in_use(name: str, folder: Path, *flags: tuple[str, ...]) -> _Watched:
     """Calls of the library as it is compiled for use, or under these flags."""
-    if not native.runs_here(name, *flags):
+    if not native.runs_here(name.removeprefix("amx_"), *flags):
         pytest.skip("this CPU cannot run the kernel")
-    return _Watched(name, folder / "calls", import_module(f"autotune.kernels.cpu.{name}"), build.build(name, *flags))
+    return _Watched(name, folder / "calls", _packer(name), build.build(name, *flags))
 
 
-@pytest.mark.parametrize(("name", "flags"), [("bf16", ()), ("integer", ()), ("integer", (AVX2,))])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("bf16", ()),
+        ("narrow", ()),
+        ("integer", ()),
+        ("integer", (AVX2,)),
+        ("amx_bf16", (EMULATED,)),
+        ("amx_integer", (EMULATED,)),
+    ],
+)
 def test_no_byte_behind_a_buffer_is_touched(tmp_path, name, flags):
     """Masked loads and stores are not seen by sanitizers, and optimizers may widen others."""
-    names = BF16 if name == "bf16" else EVERYTHING
+    of = {"integer": EVERYTHING, "amx_integer": TILED, "narrow": NARROW}
+    names = of.get(name, BF16)
     _fill(_in_use(name, tmp_path, *flags), names, (1, 33), (1, 31, 100), (1, 3, 13)).check("guard")
 
 
@@ -203,9 +240,24 @@ def test_sanitizers_find_nothing_at_all(watched, flags):
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing_in_rows_with_nan(watched):
+def test_sanitizers_find_nothing_in_two_and_three_bits(watched):
+    _fill(watched("narrow"), NARROW, (1, 15, 17, 48), (4, 33, 100), (1, 2, 3, 8, 13)).check()
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_around_any_tile(watched):
+    calls = watched("amx_integer")
+    _fill(calls, EVERYTHING, (1, 16, 33), (1, 31, 32, 33, 96, 100), (1, 16, 19, 64))
+    for name, dtype in EVERYTHING:  # several passes over the weights
+        calls.add(weight(name, 17, 16384, native.DTYPES[dtype]), [normal(97, 16384, native.DTYPES[dtype])])
+    calls.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["integer", "amx_integer"])
+def test_sanitizers_find_nothing_in_rows_with_nan(watched, module):
     """Codes of what is no number must not overflow."""
-    calls = watched("integer", EVERYTHING)
+    calls = watched(module, EVERYTHING)
     for name, dtype in EVERYTHING:
         width = inputs_of(name, 100)[0]
         x = normal(9, width, native.DTYPES[dtype])

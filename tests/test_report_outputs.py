@@ -61,6 +61,11 @@ def test_all_files_are_written(report, tmp_path):
         assert len(np.unique(pixels[..., :3] @ [1.0, 300.0, 90000.0])) > 50
 
 
+def test_page_says_what_calibration_missed_of_a_groups_experts():
+    html = page.render(sample.make())
+    assert html.count("8 experts, 2 a token, 1 hardly reached by calibration; each ") == 1
+
+
 def test_page_loads_nothing(report):
     html = page.render(report)
     assert html.count(get_plotlyjs()) == 1

@@ -60,6 +60,7 @@ def _group(name, role, layer, shape, scheme, sensitivity):
         "weights": weights,
         "in_features": shape[0],
         "out_features": shape[1],
+        "experts": {"count": 8, "per_token": 2, "hardly_reached": 1} if (role, layer) == ("down", 1) else None,
         "options": options,
         "roofline": roofline,
     }

@@ -24,7 +24,7 @@ LAYERS = (
     ("profilers",),
     ("search",),
     ("config", "plan", "documents", "checkpoint", "progress", "certify", "place", "passes"),
-    ("grouping", "model", "run"),
+    ("experts", "grouping", "model", "run"),
     ("compress",),
     ("samples",),
     ("session",),

@@ -38,6 +38,12 @@ def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, seed
         values |= {"num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 256}
         values |= {"tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(values | changes)))
+    elif kind == "moe":
+        values = {"hidden_size": 64, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        values |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256, "max_position_embeddings": 256}
+        values |= {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": False}
+        values |= {"eos_token_id": None, "bos_token_id": None, "initializer_range": 0.1}
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**(values | changes)))
     elif kind == "gpt2":
         values = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 256, "n_positions": 256}
         values |= {"eos_token_id": None, "bos_token_id": None}

@@ -2,31 +2,40 @@
 
 Every fourth document is set aside: weights are compressed for the others, and what the compression did is judged on
 these, because an error that a method minimised says little about that method.
+
+Experts have statistics of their own, from the tokens the router sends them. One that it sends too few is shown every
+token of its layer in a second pass: many inputs that are not quite its own tell more than few that are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from autotune.experts import shown_all_tokens
 from autotune.search_space.groups import LayerGroup
 
 _CHECK_EVERY = 4
+# An expert hardly reached got fewer tokens than this times its inputs, for a Hessian (docs/measured.md), or for a mean.
+_FEW = {True: 1.0, False: 0.125}
 _PIECE_WEIGHTS = 2**22
 
 
 @dataclass(frozen=True)
 class InputStatistics:
     """`moment` (in_features,): mean squared input. Hessians (in_features, in_features): mean of x x^T over tokens, that
-    of the layer's squared error; None where the method does not ask for them."""
+    of the layer's squared error; None where the method does not ask for them. `tokens`: that reached the layer, on the
+    documents set aside where there are such; `note`: of an expert that too few reached, what was done."""
 
     moment: torch.Tensor
     fit: torch.Tensor | None = None
     check: torch.Tensor | None = None  # over documents that weights are not fitted to
+    tokens: int = 0
+    note: str = ""
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -45,14 +54,41 @@ class InputStatistics:
 def input_statistics(
     model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[torch.Tensor], hessians: bool = True
 ) -> dict[str, InputStatistics]:
-    """Group name -> its statistics, from one pass over the documents; with Hessians 8 x in_features^2 bytes a group."""
+    """Part of a group (see `LayerGroup.parts`) -> its statistics, from one pass over the documents, two where an expert
+    is hardly reached; with Hessians 8 x in_features^2 bytes a part."""
+    parts = [part for group in groups for part in group.parts]
+    experts = {part.name for group in groups for part in group.parts if group.experts > 1}
+    found, fitted = _statistics(model, parts, documents, hessians)
+    few = [
+        part
+        for part in parts
+        if part.name in experts
+        and (fitted[part.name] < _FEW[hessians] * part.in_features or not found[part.name].tokens)
+    ]
+    if not few:
+        return found
+    with shown_all_tokens(model, [part.members[0].module for part in few]):
+        shown, _ = _statistics(model, few, documents, hessians)
+    for name, statistics in shown.items():
+        note = f"the router sent it {fitted[name]} of the calibration tokens: compressed for all tokens of its layer"
+        found[name] = replace(statistics, tokens=found[name].tokens, note=note)
+    return found
+
+
+def _statistics(
+    model: nn.Module, parts: Sequence[LayerGroup], documents: Sequence[torch.Tensor], hessians: bool
+) -> tuple[dict[str, InputStatistics], dict[str, int]]:
+    """Also the tokens that weights are fitted to."""
     if not hessians:
-        moments = _means(model, groups, documents, diagonal=True)
-        return {name: InputStatistics(moment) for name, moment in moments.items()}
+        moments, rows = _means(model, parts, documents, diagonal=True)
+        return {name: InputStatistics(moment, tokens=rows[name]) for name, moment in moments.items()}, rows
     fit, check = _split(documents)
-    fitted = _means(model, groups, fit, diagonal=False)
-    checked = _means(model, groups, check, diagonal=False)
-    return {name: InputStatistics(total.diagonal(), total, checked[name]) for name, total in fitted.items()}
+    totals, rows = _means(model, parts, fit, diagonal=False)
+    checked, aside = _means(model, parts, check, diagonal=False)
+    found = {
+        name: InputStatistics(total.diagonal(), total, checked[name], aside[name]) for name, total in totals.items()
+    }
+    return found, rows
 
 
 def _split(documents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -66,8 +102,8 @@ def _split(documents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[
 @torch.inference_mode()
 def _means(
     model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[torch.Tensor], diagonal: bool
-) -> dict[str, torch.Tensor]:
-    """Group name -> mean over tokens of x x^T, or of its diagonal."""
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Group name -> mean over tokens of x x^T, or of its diagonal; and group name -> these tokens."""
     device = next(model.parameters()).device
     shapes = {g.name: (g.in_features,) if diagonal else (g.in_features, g.in_features) for g in groups}
     sums = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
@@ -93,4 +129,4 @@ def _means(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total.div_(max(1, rows[name])) for name, total in sums.items()}
+    return {name: total.div_(max(1, rows[name])) for name, total in sums.items()}, rows

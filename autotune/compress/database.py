@@ -63,6 +63,14 @@ class WeightDatabase:
             about = json.loads(file.metadata()["origin"])
         return about["method"], about["layer_error"]
 
+    def notes(self, group: str, name: str) -> dict[int, str]:
+        """Expert -> what had to be done because calibration hardly reached it."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.entries[group, name], framework="pt") as file:
+            about = json.loads(file.metadata()["origin"])
+        return {int(number): note for number, note in about.get("experts", {}).items()}
+
     @property
     def bytes(self) -> int:
         return sum((self.folder / name).stat().st_size for name in set(self.entries.values()))
@@ -100,7 +108,8 @@ def build(
     for wave in _waves([group for group in spec.groups if group.name in missing]):
         statistics = input_statistics(model, wave, documents, methods.takes_hessian(method))
         for group in wave:
-            _compress_group(model, group, statistics.pop(group.name), missing[group.name], folder, method)
+            inputs = [statistics.pop(part.name) for part in group.parts]
+            _compress_group(model, group, inputs, missing[group.name], folder, method)
             done += 1
             if progress:
                 progress(done, len(missing))
@@ -112,7 +121,7 @@ def _waves(groups: Sequence[LayerGroup]) -> Iterator[list[LayerGroup]]:
     wave: list[LayerGroup] = []
     held = 0
     for group in groups:
-        size = 8 * group.in_features**2
+        size = 8 * group.in_features**2 * group.experts
         if wave and held + size > _STATISTICS_BYTES:
             yield wave
             wave, held = [], 0
@@ -125,16 +134,23 @@ def _waves(groups: Sequence[LayerGroup]) -> Iterator[list[LayerGroup]]:
 def _compress_group(
     model: nn.Module,
     group: LayerGroup,
-    inputs: InputStatistics,
+    inputs: Sequence[InputStatistics],
     wanted: Mapping[str, Scheme],
     folder: Path,
     method: str,
 ) -> None:
-    dense = stacked_weight(model, group)
-    made = methods.compress(method, dense, inputs, list(wanted.values()))
-    for name, found in zip(wanted, made, strict=True):
-        origin = json.dumps({"method": found.method, "layer_error": found.layer_error})
-        write_bytes(folder / name, _serialize(pack(found.weight), origin))
+    """`inputs`: of each part of the group."""
+    made, powers = [], []
+    for part, seen in zip(group.parts, inputs, strict=True):
+        dense = stacked_weight(model, part)
+        powers.append(seen.tokens * (seen.output_power(dense) or 0.0) if group.experts > 1 else 1.0)
+        made.append(methods.compress(method, dense, seen, list(wanted.values())))
+    notes = {str(number): seen.note for number, seen in enumerate(inputs) if seen.note}
+    for name, experts in zip(wanted, zip(*made, strict=True), strict=True):
+        found = experts[0] if len(experts) == 1 else methods.join(experts, powers)
+        origin: dict[str, Any] = {"method": found.method, "layer_error": found.layer_error}
+        origin |= {"experts": notes} if notes else {}
+        write_bytes(folder / name, _serialize(pack(found.weight), json.dumps(origin)))
 
 
 def stacked_weight(model: nn.Module, group: LayerGroup) -> torch.Tensor:

@@ -41,6 +41,19 @@ class Compressed:
     layer_error: float | None  # of the group's output, squared and relative; None where no Hessian was taken
 
 
+def join(experts: Sequence[Compressed], powers: Sequence[float]) -> Compressed:
+    """A layer's experts under one format as one group. `powers`: of their outputs, summed over the tokens they get."""
+    names = [item.method for item in experts]
+    counts = {name: names.count(name) for name in sorted(set(names), key=names.count, reverse=True)}
+    method = names[0] if len(counts) == 1 else ", ".join(f"{name} ({n} experts)" for name, n in counts.items())
+    errors = [item.layer_error for item in experts if item.layer_error is not None]
+    weight = _joined([item.weight for item in experts])
+    if len(errors) < len(experts):
+        return Compressed(weight, method, None)
+    lost = sum(error * power for error, power in zip(errors, powers, strict=True))
+    return Compressed(weight, method, lost / (sum(powers) or 1.0))
+
+
 def compress(name: str, weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[Compressed]:
     """Compress a group's weights (out, in) fp32 by the named method, or by the best for each scheme (`AUTO`)."""
     power = inputs.output_power(weight)

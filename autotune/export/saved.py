@@ -65,6 +65,9 @@ def open_saved(folder: Path, source: Path | None = None) -> SavedModel:
     path = _model_folder(folder)
     plan = Plan.load(path / "plan.json")
     _check_same_plan(folder, path, plan)
+    if mixed := [group.name for group in plan.groups if group.experts > 1]:
+        hint = "Such a model runs with `autotune.load`."
+        raise InputError("export.unsupported", f"{mixed[0]}: experts cannot be exported yet.", hint)
     tensors = _read(path / WEIGHTS, plan)
     origin = _source(folder, path, source)
     empty = _empty(path, plan)

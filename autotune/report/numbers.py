@@ -18,7 +18,7 @@ from autotune.decide import configuration
 from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
 from autotune.model import load_tokenizer
-from autotune.planning import PACKAGES, why
+from autotune.planning import PACKAGES, expert_notes, why
 from autotune.report.numbers_front import front_rows
 from autotune.report.numbers_groups import group_rows
 from autotune.report.numbers_prediction import prediction
@@ -217,6 +217,7 @@ def _warnings(result: Result, predicted: dict[str, Any] | None) -> list[str]:
     if result.floor_nats is not None:
         floor = f"{result.floor_nats:.1e} {'of relative squared error' if _encoder(result) else 'nats a token'}"
         warnings.append(f"losses were measured in bf16 products, which by themselves cost {floor}")
+    warnings += _expert_warnings(result)
     if not session.local:
         warnings.append(
             f"latencies are estimated from the {session.target.ceilings.source} roofline of {session.target.name}"
@@ -230,6 +231,25 @@ def _warnings(result: Result, predicted: dict[str, Any] | None) -> list[str]:
     noisy = sum(row.noisy for row in result.table.rows)
     if noisy:
         warnings.append(f"{noisy} of {len(result.table.rows)} kernel latencies are noisy")
+    return warnings
+
+
+def _expert_warnings(result: Result) -> list[str]:
+    groups = [group for group in result.session.spec.groups if group.experts > 1]
+    if not groups:
+        return []
+    warnings = ["kernel latencies of experts assume that tokens choose them with equal probability"]
+    if result.problem and result.chosen:
+        chosen = configuration(result.problem, result.chosen.candidate.genotype)
+        every = [(g.name.rpartition(".")[0], number) for g in groups for number in range(g.experts)]
+        few = {
+            (group.name.rpartition(".")[0], number)
+            for group in groups
+            for number in expert_notes(result, group.name, chosen[group.name])
+        }
+        if few:
+            what = f"calibration hardly reached {len(few)} of {len(set(every))} experts"
+            warnings.append(f"{what}: they were compressed for all tokens of their layer")
     return warnings
 
 

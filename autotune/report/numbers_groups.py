@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autotune.kernels.spec import KERNELS
-from autotune.planning import why
+from autotune.planning import expert_notes, why
 from autotune.profilers import roofline
 from autotune.profilers.jobs import Job, needed
-from autotune.profilers.memory import weight_bytes
+from autotune.profilers.memory import packed_weight_bytes
 from autotune.profilers.table import shape_of
 from autotune.search.problem import GroupOptions, Option
 from autotune.search_space.groups import LayerGroup
@@ -51,10 +51,19 @@ def _group(
         "dense_bytes": dense.weight_bytes,
         "weights": group.weights,
         "in_features": group.in_features,
-        "out_features": group.out_features,
+        "out_features": group.parts[0].out_features,
+        "experts": _experts(result, group, chosen.scheme),
         "options": _options(result, group, item, chosen),
         "roofline": _roofline(result, group, {dense.scheme, chosen.scheme}, jobs),
     }
+
+
+def _experts(result: Result, group: LayerGroup, name: str) -> dict[str, Any] | None:
+    """Of a mixture: how many there are, how many a token takes, how many calibration hardly reached."""
+    if group.experts == 1:
+        return None
+    notes = expert_notes(result, group.name, name)
+    return {"count": group.experts, "per_token": group.experts_per_token, "hardly_reached": len(notes)}
 
 
 def _compression(result: Result, group: str, name: str) -> dict[str, Any] | None:
@@ -99,15 +108,13 @@ def _roofline(result: Result, group: LayerGroup, schemes: set[str], jobs: Sequen
             row = next((r for r in result.table.of(group, job.scheme, phase) if r.kernel == job.kernel.name), None)
             if choice is None or choice.kernel != job.kernel.name or row is None or row.median_us is None:
                 continue
-            rows.append(
-                _roof_row(result, phase.name, job, row.median_us, weight_bytes(scheme(job.scheme), group, job.dtype))
-            )
+            rows.append(_roof_row(result, phase.name, job, row.median_us))
     return rows
 
 
-def _roof_row(result: Result, phase: str, job: Job, measured_us: float, weights: int) -> dict[str, Any]:
+def _roof_row(result: Result, phase: str, job: Job, measured_us: float) -> dict[str, Any]:
     ceilings = result.session.target.ceilings
-    moved = weights + roofline.activation_bytes(job)
+    moved = packed_weight_bytes(job.scheme, job.shape, job.dtype) + roofline.activation_bytes(job)
     working_set = math.inf if job.resident_bytes is None else job.resident_bytes
     memory_us = moved / (ceilings.bandwidth(working_set) * 1e3)
     compute_us = job.operations / (roofline.rate(job.kernel, ceilings) * 1e6)

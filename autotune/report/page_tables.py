@@ -52,9 +52,16 @@ def _group(cell: Cell) -> Html:
         class_="row",
     )
     shape = f"{group['in_features']} → {group['out_features']}, {words.count(group['weights'])} weights"
-    text = f": {shape}; runs on {group['kernel']}{_compression(group['compression'])}"
+    text = f": {_experts(group['experts'])}{shape}; runs on {group['kernel']}{_compression(group['compression'])}"
     note = tag("p", tag("b", group["name"]), text, class_="note")
     return tag("details", summary, tag("div", note, _options(group["options"]), class_="inside"))
+
+
+def _experts(experts: dict[str, Any] | None) -> str:
+    if experts is None:
+        return ""
+    few = f", {experts['hardly_reached']} hardly reached by calibration" if experts["hardly_reached"] else ""
+    return f"{experts['count']} experts, {experts['per_token']} a token{few}; each "
 
 
 def _compression(made: dict[str, Any] | None) -> str:

@@ -3,7 +3,8 @@
 Contract
     Muon(matrices, lr, momentum, decay).step()
 moves each matrix along its Nesterov momentum after replacing that by (nearly) the closest
-semi-orthogonal matrix, so that all directions of a matrix learn at one rate.
+semi-orthogonal matrix, so that all directions of a matrix learn at one rate. In a stack
+(n, rows, columns) each matrix is taken by itself.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalized(weight.grad.lerp(momentum, group["momentum"]))
-                scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                scale = max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["decay"])
                 weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
 
 
 def orthogonalized(gradient: Tensor, iterations: int = 5) -> Tensor:
-    """Push the singular values of a matrix towards one by Newton-Schulz steps, in bfloat16."""
+    """Push the singular values of a matrix, or of a stack of them, towards one by Newton-Schulz steps, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = gradient.shape[0] > gradient.shape[1]
-    x: Tensor = (gradient.T if tall else gradient).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    tall = gradient.shape[-2] > gradient.shape[-1]
+    x: Tensor = (gradient.mT if tall else gradient).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x

@@ -1,13 +1,16 @@
-"""Train the demonstration model on the Python standard library, on a CPU, in about an hour.
+"""Train a demonstration model on the Python standard library, on a CPU, in at most about an hour.
 
 Contract
     python examples/demo_model/train.py --out examples/demo_model --work demo_model_work
+    python examples/demo_model/train.py --architecture qwen3_moe --tokenizer examples/demo_model \
+        --out examples/demo_moe --work demo_moe_work
 splits the running interpreter's standard library by source file (corpus.py), trains a
-tokenizer and the model on the training part, and writes to --out a transformers model folder:
-config.json, generation_config.json, model.safetensors (bfloat16), the tokenizer's files and
-training_log.csv. It ends by printing the perplexity of each evaluation split.
+tokenizer (or takes that of another folder) and the model on the training part, and writes to
+--out a transformers model folder: config.json, generation_config.json, model.safetensors
+(bfloat16), the tokenizer's files and training_log.csv. It ends by printing the perplexity of
+each evaluation split, and of a mixture of experts which share of the tokens each expert took.
 
-The recipe is seeded: Muon for the weight matrices, AdamW for the embedding and the norms, a
+The recipe is seeded: Muon for the weight matrices, AdamW for embedding, norms and routers, a
 short warm-up, a constant rate, then a linear decay to zero. Sequences hold 512 tokens at
 first and 1,024 in the last part, at the same number of tokens a step. The run ends after a
 number of steps or of minutes, whichever comes first; the schedule follows the larger share of
@@ -24,6 +27,7 @@ import os
 import random
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,15 @@ from muon import Muon
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 2048
@@ -42,8 +54,10 @@ CONTEXT = 1024
 EVALUATION_TOKENS = 1000
 TOKENS_PER_STEP = 8192
 MICRO_BATCH_TOKENS = 2048
+SAVE_MINUTES = 4
 # A newline keeps the indentation that follows it; a word may take one leading space or sign.
 WORDS = r"(?:\r?\n)+[ \t]*|[^\r\n\w]?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|[ \t]+|\s"
+BALANCE = 0.05  # weight of the loss that spreads tokens over experts
 LOG_COLUMNS = ("step", "tokens", "train_loss", "lr", "seconds")
 
 
@@ -74,24 +88,37 @@ class Recipe:
         return 512 if progress < 1 - self.long_share else CONTEXT
 
 
-def new_model(end_of_text: int, seed: int) -> LlamaForCausalLM:
-    """Return the untrained model: 13.77 million parameters."""
+def new_model(architecture: str, end_of_text: int, seed: int) -> PreTrainedModel:
+    """Return the untrained model: 13.77 million parameters ("llama"), or 5.84 million ("qwen3_moe")."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=2,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
+    shared: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "head_dim": 64,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+    }
+    if architecture == "llama":
+        config = LlamaConfig(
+            hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=12, **shared
+        )
+        return LlamaForCausalLM(config)
+    mixture = Qwen3MoeConfig(
+        hidden_size=256,
+        moe_intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        router_aux_loss_coef=BALANCE,
+        **shared,
     )
-    return LlamaForCausalLM(config)
+    mixture._experts_implementation = "grouped_mm"  # twice as fast as a loop over experts
+    return Qwen3MoeForCausalLM(mixture)
 
 
 def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -150,15 +177,35 @@ class Batches:
         return torch.stack([self.stream[start : start + length + 1] for start in starts])
 
 
-def loss_of(model: LlamaForCausalLM, sequences: Tensor) -> Tensor:
+def loss_of(model: PreTrainedModel, sequences: Tensor) -> Tensor:
     """Return the mean cross-entropy of every token of the sequences but the first."""
     logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
 
 
-def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+def balanced_loss_of(model: PreTrainedModel, sequences: Tensor) -> tuple[Tensor, float]:
+    """Return what is minimised, and of it the cross-entropy alone."""
+    if not hasattr(model.config, "router_aux_loss_coef"):
+        loss = loss_of(model, sequences)
+        return loss, float(loss.detach())
+    output = model(input_ids=sequences[:, :-1], use_cache=False, output_router_logits=True)
+    loss = cross_entropy(output.logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
+    uneven = [unevenness(logits.float(), model.config.num_experts_per_tok) for logits in output.router_logits]
+    return loss + model.config.router_aux_loss_coef * torch.stack(uneven).mean(), float(loss.detach())
+
+
+def unevenness(logits: Tensor, choices: int) -> Tensor:
+    """Return the loss of one layer's router (tokens, experts) that spreads tokens over experts: 1 where they are even
+    (arXiv 2101.03961, equation 4). transformers' own takes all layers at once, which lets each neglect some experts.
+    """
+    experts = logits.shape[1]
+    share = logits.topk(choices, -1).indices.flatten().bincount(minlength=experts) / (choices * len(logits))
+    return experts * (share * logits.softmax(-1).mean(0)).sum()
+
+
+def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the layers' matrices, each expert's its own, and AdamW for embedding, norms and routers."""
+    matrices = [p for name, p in model.model.layers.named_parameters() if p.ndim >= 2 and ".mlp.gate." not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -167,15 +214,15 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def train_step(model: LlamaForCausalLM, steppers: list[torch.optim.Optimizer], batch: Tensor) -> float:
+def train_step(model: PreTrainedModel, steppers: list[torch.optim.Optimizer], batch: Tensor) -> float:
     """Take one optimizer step and return the batch's loss."""
     parts = torch.split(batch, max(1, MICRO_BATCH_TOKENS // (batch.shape[1] - 1)))
     total = 0.0
     for part in parts:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, part) / len(parts)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+            loss, entropy = balanced_loss_of(model, part)
+        (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+        total += entropy / len(parts)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for stepper in steppers:
         stepper.step()
@@ -184,7 +231,7 @@ def train_step(model: LlamaForCausalLM, steppers: list[torch.optim.Optimizer], b
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
     """Return the perplexity of the texts in float32, each cut to EVALUATION_TOKENS tokens."""
     total, count = 0.0, 0
     for text in texts:
@@ -195,10 +242,9 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text
     return math.exp(total / count)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Any], folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Any], folder: Path) -> None:
     """Write the model in bfloat16, its tokenizer and the log as a transformers folder."""
-    copy = new_model(tokenizer.eos_token_id, seed=0)
-    copy.load_state_dict(model.state_dict())
+    copy = deepcopy(model)
     copy.bfloat16().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
@@ -213,12 +259,19 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
-def run(recipe: Recipe, texts: list[str], work: Path, save_minutes: float) -> None:
-    """Train to the recipe's end, continuing from the checkpoint in `work` if there is one."""
+def run(
+    recipe: Recipe,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    work: Path,
+    slice_minutes: float,
+) -> bool:
+    """Train to the recipe's end, continuing from the checkpoint in `work` if there is one; returns whether it is
+    reached, or only the end of this slice."""
     checkpoint = work / "checkpoint.pt"
     state: dict[str, Any] = torch.load(checkpoint) if checkpoint.exists() else {"step": 0, "rows": []}
-    tokenizer = new_tokenizer(texts)
-    model = new_model(tokenizer.eos_token_id, recipe.seed)
+    model = new_model(architecture, tokenizer.eos_token_id, recipe.seed)
     steppers = optimizers(model, recipe)
     if state["step"]:
         model.load_state_dict(state["model"])
@@ -226,47 +279,77 @@ def run(recipe: Recipe, texts: list[str], work: Path, save_minutes: float) -> No
             stepper.load_state_dict(saved)
     batches, rows = Batches(texts, tokenizer, recipe), state["rows"]
     print(f"{len(batches.stream):,} training tokens; step {state['step']} of {recipe.steps}", flush=True)
-    saved_at = time.monotonic()
+    saved_at = started = time.monotonic()
     began = saved_at - state.get("seconds", 0.0)
     step, progress = state["step"], recipe.progress(state["step"], state.get("seconds", 0.0))
-    while progress < 1:
+    over = False
+    while progress < 1 and not over:
         rate = recipe.rate(step, progress)
         for stepper, peak in zip(steppers, (recipe.matrix_rate, recipe.other_rate), strict=True):
             stepper.param_groups[0]["lr"] = peak * rate
         loss = train_step(model, steppers, batches.batch(step, recipe.sequence(progress)))
         step, now = step + 1, time.monotonic()
-        progress = recipe.progress(step, now - began)
+        progress, over = recipe.progress(step, now - began), now - started > 60 * slice_minutes
         if step % 10 == 1 or progress >= 1:
             rate_now = f"{recipe.matrix_rate * rate:.6f}"
             rows.append((step, step * TOKENS_PER_STEP, f"{loss:.4f}", rate_now, round(now - began)))
             print(*rows[-1], flush=True)
-        if progress >= 1 or now - saved_at > 60 * save_minutes:
+        if progress >= 1 or over or now - saved_at > 60 * SAVE_MINUTES:
             saved_at = now
             moments = [stepper.state_dict() for stepper in steppers]
             state = {"model": model.state_dict(), "optimizers": moments}
             save_checkpoint(state | {"step": step, "rows": rows, "seconds": now - began}, checkpoint)
             save(model, tokenizer, rows, work / "model")
+    return progress >= 1
+
+
+@torch.no_grad()
+def expert_shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[float]]:
+    """Return for every layer the share of (token, choice) pairs that each expert takes; nothing without experts."""
+    counts: Tensor | int = 0
+    for text in texts:
+        tokens = tokenizer(text, truncation=True, max_length=EVALUATION_TOKENS, return_tensors="pt")
+        logits = model(tokens["input_ids"], use_cache=False, output_router_logits=True).router_logits
+        taken = torch.stack([layer.topk(model.config.num_experts_per_tok, -1).indices.flatten() for layer in logits])
+        counts = counts + torch.stack([row.bincount(minlength=model.config.num_experts) for row in taken])
+    assert isinstance(counts, Tensor)
+    return [[round(float(share), 3) for share in row / row.sum()] for row in counts]
 
 
 def main() -> None:
-    """Train the demonstration model and print its perplexity on each evaluation split."""
+    """Train a demonstration model and print its perplexity on each evaluation split."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--work", type=Path, default=Path("demo_model_work"), help="for checkpoints")
+    parser.add_argument("--architecture", choices=("llama", "qwen3_moe"), default="llama")
+    parser.add_argument("--tokenizer", type=Path, help="take this folder's tokenizer instead of training one")
     parser.add_argument("--steps", type=int, default=450, help="at most this many steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="at most this long")
+    parser.add_argument(
+        "--slice-minutes",
+        type=float,
+        default=math.inf,
+        help="stop after this long; the same command continues",
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    corpus = build_corpus()
-    run(Recipe(arguments.steps, arguments.minutes), corpus.training, arguments.work, save_minutes=4)
+    corpus, given = build_corpus(), arguments.tokenizer
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(given) if given else new_tokenizer(corpus.training)
+    recipe = Recipe(arguments.steps, arguments.minutes)
+    slice_minutes = arguments.slice_minutes
+    if not run(recipe, arguments.architecture, tokenizer, corpus.training, arguments.work, slice_minutes):
+        print("not done: the same command continues")
+        return
     shutil.copytree(arguments.work / "model", arguments.out, dirs_exist_ok=True)
-    model = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.out)
+    model = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
     for split in QUOTAS:
         texts = [document.text for document in corpus.documents if document.split == split]
-        print(f"{split}: perplexity {perplexity(model, tokenizer, texts):.3f}, {len(texts)} documents")
+        print(f"{split}: perplexity {perplexity(model, tokenizer, texts):.3f}, {len(texts)} documents", flush=True)
+    if hasattr(model.config, "num_experts"):
+        texts = [document.text for document in corpus.documents if document.split == "search"]
+        print(f"shares of each layer's experts: {expert_shares(model, tokenizer, texts)}")
 
 
 if __name__ == "__main__":

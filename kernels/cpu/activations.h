@@ -54,16 +54,16 @@ float largest(const void* x, int64_t count) {
     return result;
 }
 
-// One row into `planes` rows of its group: input i of plane p at (i / 32) * step_stride + 32 * p + i % 32. Returns the
-// scale of the last plane.
-template <class Type, int planes>
+// One row into `planes` rows of its group: input i of plane p at (i / step) * step_stride + step * p + i % step. Returns
+// the scale of the last plane.
+template <class Type, int planes, int step = kStep>
 float quantize_row(const void* x, int64_t count, int64_t step_stride, uint8_t* codes) {
     constexpr float steps = planes == 1 ? 127.5f : planes == 2 ? 32639.0f : 8355711.0f;
     constexpr float lowest = planes == 1 ? -128.0f : -steps, highest = planes == 1 ? 127.0f : steps;
     const float scale = largest<Type>(x, count) / steps;
     const Floats by = splat(scale), low = splat(lowest), high = splat(highest);
     for (int64_t i = 0; i < count; i += 16) {
-        uint8_t* place = codes + i / kStep * step_stride + i % kStep;
+        uint8_t* place = codes + i / step * step_stride + i % step;
         Floats a = i + 16 <= count ? Type::load(x, i) : load_tail<Type>(x, i, count);
         Ints code = to_nearest(max(min(a / by, high), low));
         if constexpr (planes == 3) {
@@ -73,13 +73,13 @@ float quantize_row(const void* x, int64_t count, int64_t step_stride, uint8_t* c
         }
         if constexpr (planes >= 2) {
             Ints top = shift_right_signed<8>(code + splat_int(0x80));
-            store_codes(place + (planes - 2) * kStep, top);
+            store_codes(place + (planes - 2) * step, top);
             code = code - shift_left_int<8>(top);
         }
-        store_codes(place + (planes - 1) * kStep, code);
+        store_codes(place + (planes - 1) * step, code);
     }
-    // The other half of the last step meets weights of zero: its value does not matter, but it must be some value.
-    if ((count + 15) / 16 % 2)
-        for (int p = 0; p < planes; p++) std::memset(codes + count / kStep * step_stride + p * kStep + 16, 128, 16);
+    // What is left of the last step meets weights of zero: its value does not matter, but it must be some value.
+    for (int64_t i = (count + 15) / 16 * 16; i % step; i += 16)
+        for (int p = 0; p < planes; p++) std::memset(codes + i / step * step_stride + p * step + i % step, 128, 16);
     return scale;
 }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bf16.h"
 #include "rows.h"
 
 #if !defined(__AVX512BF16__) || !defined(__AVX512BW__)
@@ -19,14 +20,6 @@
 #endif
 
 namespace {
-
-// One packed layer group; written by bf16.py (`_Linear`), field by field.
-struct Linear {
-    const uint8_t* weights;  // [blocks][steps][format's bytes of a step]
-    const float* bias;       // [blocks * 16], or null
-    int64_t outputs, inputs, padded;
-    int32_t blocks, steps, sparse;
-};
 
 template <int rows>
 using Sums = __m512[rows][kChains<rows>];

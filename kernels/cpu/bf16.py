@@ -22,7 +22,7 @@ LANES, STEP = 16, 32  # outputs in a block, inputs in a step
 
 
 class _Linear(ctypes.Structure):
-    """`Linear` of bf16.cpp."""
+    """`Linear` of bf16.h."""
 
     _fields_ = (
         ("weights", ctypes.c_void_p),

@@ -54,7 +54,7 @@ def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
     command = shlex.split(found)
     openmp = openmp_runtime()
     contents = [path.read_text(encoding="utf-8") for path in sources(name)]
-    key = digest([contents, _version(found), list(flags), _cpu_flags(), str(openmp)])
+    key = digest([contents, made_by(flags), _cpu_flags(), str(openmp)])
     folder = user_folder() / "kernels"
     target = folder / f"{name}-{key[:24]}.so"
     if not target.is_file():
@@ -67,6 +67,12 @@ def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
             hint = "Set AUTOTUNE_HOME to a folder that can be written."
             raise DeviceError("kernel.compiler", f"no library can be kept in {folder}: {error}.", hint) from error
     return target
+
+
+def made_by(flags: tuple[str, ...] = _FLAGS) -> list[str]:
+    """The compiler's version and all of its options; empty where there is none."""
+    found = compiler()
+    return [] if found is None else [_version(found), *shlex.split(found)[1:], *flags]
 
 
 def openmp_runtime() -> Path | None:
@@ -112,12 +118,12 @@ def _check_whole(path: Path) -> None:
 
 @cache
 def _version(command: str) -> str:
+    """Empty where it does not say; compiling will then."""
+    call = [*shlex.split(command), "--version"]
     try:
-        return subprocess.run(
-            [*shlex.split(command), "--version"], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DeviceError("kernel.compiler", f"{command} --version: {error}.", "Set CXX to a compiler.") from error
+        return subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _cpu_flags() -> str:

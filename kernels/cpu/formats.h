@@ -54,6 +54,61 @@ struct Int4 {
     }
 };
 
+// Three bits: the upper two of code j of an output's byte in bits 2 * (j % 4) .. of the byte (j / 4), the lowest in bit j
+// of a third 64 bytes, all so that a shift to the left brings them to the top of the byte. Multiplied by 32 there.
+struct Int3 {
+    static constexpr int kBytes = 192;
+
+    template <int j>
+    static INLINE Bytes codes(const uint8_t* w, Bytes lowest) {
+        const Bytes upper = shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4)));
+        Bytes bit;
+        if constexpr (j <= 5)
+            bit = shift_left<5 - j>(lowest);
+        else
+            bit = shift_right<j - 5>(lowest);
+        return and_or(upper, splat_byte(0xC0), bit & splat_byte(0x20));
+    }
+
+    template <int rows>
+    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
+        const Bytes lowest = load_bytes(w + 128);
+        quads<rows, 0>(w, x, lowest, sums);
+    }
+
+    template <int rows, int j>
+    static INLINE void quads(const uint8_t* w, const uint8_t* x, Bytes lowest, Sums<rows>& sums) {
+        const Bytes weights = codes<j>(w, lowest);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            Ints& sum = sums[r][j % kChains<rows>];
+            sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
+        }
+        if constexpr (j < 7) quads<rows, j + 1>(w, x, lowest, sums);
+    }
+};
+
+// Two bits: code j in bits 6 - 2 * (j % 4) .. of the byte (j / 4). Multiplied by 64 at the top.
+struct Int2 {
+    static constexpr int kBytes = 128;
+
+    template <int rows>
+    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
+        quads<rows, 0>(w, x, sums);
+    }
+
+    template <int rows, int j>
+    static INLINE void quads(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
+        const Bytes weights = shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4))) & splat_byte(0xC0);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            Ints& sum = sums[r][j % kChains<rows>];
+            sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
+        }
+        if constexpr (j < 7) quads<rows, j + 1>(w, x, sums);
+    }
+};
+
 // Survivor j of chunk t (8 inputs, 4 survivors) of an output: byte 4 * output + j; its position in its quad: bits
 // 2t, 2t+1 of the same byte of the last 64 bytes of the step.
 template <class Values>

@@ -24,11 +24,11 @@ from autotune.search_space.schemes import Scheme, scheme
 
 LANES, STEP = 16, 32  # outputs in a block, inputs in a step
 _MOST_INPUTS = 2**16  # 255 * 127 * inputs must stay within int32
-_FORMATS = {("dense", 8): 0, ("dense", 4): 1, ("2:4", 8): 2, ("2:4", 4): 3}
+_FORMATS = {("dense", 8): 0, ("dense", 4): 1, ("2:4", 8): 2, ("2:4", 4): 3, ("dense", 3): 4, ("dense", 2): 5}
 
 
 class _Linear(ctypes.Structure):
-    """`Linear` of integer.cpp."""
+    """`Linear` of integer.h."""
 
     _fields_ = (
         ("weights", ctypes.c_void_p),
@@ -112,6 +112,8 @@ def _layout(codes: torch.Tensor, item: Scheme) -> torch.Tensor:
     blocks, steps = codes.shape[0] // LANES, codes.shape[1] // STEP
     if item.sparsity == "dense":
         quads = codes.view(blocks, LANES, steps, 8, 4).permute(0, 2, 3, 1, 4)  # inputs by fours
+        if item.weight.bits < 4:
+            return _narrow(quads, item.weight.bits)
         values = quads if item.weight.bits == 8 else _nibbles(quads[:, :, 0::2], quads[:, :, 1::2])
         return values.reshape(blocks, steps, -1).contiguous().view(torch.uint8).view(-1)
     kept, places = compress_24(codes)
@@ -123,13 +125,24 @@ def _layout(codes: torch.Tensor, item: Scheme) -> torch.Tensor:
     return torch.cat(parts, -1).view(-1)
 
 
+def _narrow(quads: torch.Tensor, bits: int) -> torch.Tensor:
+    """Two or three bits of each code (blocks, steps, 8, 16, 4): the upper two by fours, then the lowest of three."""
+    blocks, steps = quads.shape[:2]
+    upper = (quads >> (bits - 2)).bitwise_and_(3).view(blocks, steps, 2, 4, LANES, 4)
+    parts = [upper[:, :, :, 0] << 6 | upper[:, :, :, 1] << 4 | upper[:, :, :, 2] << 2 | upper[:, :, :, 3]]
+    if bits == 3:
+        places = torch.arange(8, dtype=torch.int8).view(8, 1, 1)
+        parts.append(((quads & 1) << places).sum(2, dtype=torch.int8))
+    return torch.cat([part.reshape(blocks, steps, -1) for part in parts], -1).contiguous().view(torch.uint8).view(-1)
+
+
 def _nibbles(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return (low & 15) | (high << 4)
 
 
 def _scales(scales: torch.Tensor, item: Scheme) -> torch.Tensor:
-    """bf16 [blocks][groups][16]; 4-bit codes are multiplied by 16 in the kernel."""
-    wide = scales / 16.0 if item.weight.bits == 4 else scales
+    """bf16 [blocks][groups][16]; codes of fewer bits stay at the top of their bytes in the kernel."""
+    wide = scales / 2.0 ** (8 - item.weight.bits)
     return wide.view(-1, LANES, scales.shape[1]).transpose(1, 2).to(torch.bfloat16).contiguous()
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import native
 import pytest
-from native import AVX2, DTYPES, NATIVE, one_thread, only, variant, weight  # noqa: F401 - a fixture
+from native import AVX2, DTYPES, EMULATED, NATIVE, one_thread, only, variant, weight  # noqa: F401 - a fixture
 
 from autotune.errors import DeviceError
 from autotune.kernels.checks import gate
@@ -20,8 +20,10 @@ from autotune.search_space.schemes import scheme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, WRONG = "the output holds NaN or infinity", "largest relative error"
+TILES, EXPAND, AMX = "tiles.h", "expand.h", "amx_integer.cpp"
 W8A8, W8A16, SPARSE8 = ("w8a8-int8", "bf16"), ("w8a16-int8", "bf16"), ("2:4+w8a8-int8", "bf16")
 W4A8, W4A16, SPARSE4 = ("w4a8-int4-g32", "bf16"), ("w4a16-int4-g128", "bf16"), ("2:4+w4a16-int4-g128", "bf16")
+THREE, TWO = ("w3a16-int3-g128", "bf16"), ("w2a16-int2-g128", "bf16")
 W8A16_FP32, DENSE, SPARSE = ("w8a16-int8", "fp32"), ("bf16", "bf16"), ("2:4", "bf16")
 
 
@@ -41,7 +43,7 @@ def _one(name: str, on: tuple[str, str], caught: str, file: str, old: str, new: 
     return Mistake(name, on, caught, ((file, old, new),), **rest)
 
 
-CODE, FORMATS, QUANT, SIMD = "integer.cpp", "formats.h", "activations.h", "simd.h"
+CODE, SUMS, FORMATS, QUANT, SIMD = "stream.h", "integer.h", "formats.h", "activations.h", "simd.h"
 MISTAKES = (
     # Scales and groups
     _one(
@@ -53,7 +55,7 @@ MISTAKES = (
         "* groups + (g + 1) % groups) * kLanes",
         in_brief=True,
     ),
-    _one("the first block's scales", W8A8, WRONG, CODE, "load_bf16(a.scales + block * kLanes)", "load_bf16(a.scales)"),
+    _one("the first block's scales", W8A8, WRONG, SUMS, "load_bf16(a.scales + block * kLanes)", "load_bf16(a.scales)"),
     Mistake(
         "sums not reset between groups",
         W4A16,
@@ -82,18 +84,18 @@ MISTAKES = (
         "the second plane of two left out",
         W8A16,
         WRONG,
-        CODE,
+        SUMS,
         "plane == planes - 1 ? 1.0f",
         "plane == planes - 1 ? 0.0f",
         rows=(19,),
         shape=(512, 1024),
     ),
-    _one("planes weighed the other way around", W8A16, WRONG, CODE, "plane == planes - 1 ? 1.0f", "plane == 0 ? 1.0f"),
+    _one("planes weighed the other way around", W8A16, WRONG, SUMS, "plane == planes - 1 ? 1.0f", "plane == 0 ? 1.0f"),
     _one(
         "the last plane of three left out",
         W8A16_FP32,
         WRONG,
-        CODE,
+        SUMS,
         "plane == planes - 1 ? 1.0f",
         "plane == planes - 1 ? 0.0f",
     ),
@@ -102,7 +104,7 @@ MISTAKES = (
         "sums that wrap at 16 bits",
         W8A8,
         WRONG,
-        CODE,
+        SUMS,
         "to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))",
         "to_floats(shift_right_signed<16>(shift_left_int<16>("
         "sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))))",
@@ -111,7 +113,7 @@ MISTAKES = (
         "the offset of the activations left in",
         W8A8,
         WRONG,
-        CODE,
+        SUMS,
         "to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes))",
         "to_floats(sums(plane))",
         in_brief=True,
@@ -195,6 +197,31 @@ MISTAKES = (
         "upper ? 0x0C0C0808u : 0x04040000u",
         "upper ? 0x08080C0Cu : 0x00000404u",
     ),
+    _one(
+        "the lowest of three bits from another input",
+        THREE,
+        WRONG,
+        FORMATS,
+        "shift_left<5 - j>(lowest)",
+        "shift_left<5 - (j & 4)>(lowest)",
+        in_brief=True,
+    ),
+    _one(
+        "three bits with their neighbours",
+        THREE,
+        WRONG,
+        FORMATS,
+        "and_or(upper, splat_byte(0xC0)",
+        "and_or(upper, splat_byte(0xD0)",
+    ),
+    _one(
+        "two bits with their neighbours",
+        TWO,
+        WRONG,
+        FORMATS,
+        "(load_bytes(w + 64 * (j / 4))) & splat_byte(0xC0);",
+        "(load_bytes(w + 64 * (j / 4))) & splat_byte(0xE0);",
+    ),
     # Rows and outputs
     _one(
         "the last output of a part block not written",
@@ -222,7 +249,7 @@ MISTAKES = (
         "x.codes + token * planes * a.padded",
         "x.codes + token * a.padded",
     ),
-    _one("the first block's bias", W8A8, WRONG, CODE, "load_floats(a.bias + block * kLanes)", "load_floats(a.bias)"),
+    _one("the first block's bias", W8A8, WRONG, SUMS, "load_floats(a.bias + block * kLanes)", "load_floats(a.bias)"),
     _one(
         "a row between two passes not computed",
         W8A16,
@@ -266,6 +293,122 @@ MISTAKES = (
     _one("one chain of sums for all", DENSE, WRONG, "bf16.cpp", "c < kChains<rows>; c++) total", "c < 1; c++) total"),
     _one("the last output masked off", SPARSE, NAN, "bf16.cpp", "(1u << count) - 1;", "((1u << count) - 1) >> 1;"),
     _one("no bias", SPARSE, WRONG, "bf16.cpp", "__m512 total = bias;", "__m512 total = _mm512_setzero_ps();"),
+    # Tiles
+    _one(
+        "the second sixteen rows' sums from the first's activations",
+        W8A8,
+        WRONG,
+        TILES,
+        "x + i * x_step + 16 * width",
+        "x + i * x_step",
+        flags=EMULATED,
+        rows=(33,),
+    ),
+    Mistake(
+        "sums of rows and of outputs stored in each other's place",
+        W8A16,
+        WRONG,
+        (
+            (
+                TILES,
+                "if constexpr (high == 2) tile_store<2>(to + kSum",
+                "if constexpr (high == 2) tile_store<2>(to + 2 * kSum",
+            ),
+            (
+                TILES,
+                "if constexpr (wide == 2) tile_store<1>(to + 2 * kSum",
+                "if constexpr (wide == 2) tile_store<1>(to + kSum",
+            ),
+        ),
+        flags=EMULATED,
+        rows=(33,),
+    ),
+    _one(
+        "the next group's weights with this group's activations",
+        W4A8,
+        WRONG,
+        AMX,
+        "codes += cut.tiles_per_group * kPanelRows * cut.width;",
+        "",
+        flags=EMULATED,
+        in_brief=True,
+    ),
+    _one(
+        "the first of two blocks' scales",
+        W4A16,
+        WRONG,
+        AMX,
+        "((block + b) * groups + g)",
+        "(block * groups + g)",
+        flags=EMULATED,
+    ),
+    _one(
+        "nibbles expanded the other way around",
+        W4A16,
+        WRONG,
+        EXPAND,
+        "put(to + 128 * j, shift_left<4>(both) & high);\n        put(to + 128 * j + 64, both & high);",
+        "put(to + 128 * j + 64, shift_left<4>(both) & high);\n        put(to + 128 * j, both & high);",
+        flags=EMULATED,
+    ),
+    _one(
+        "a survivor at its neighbour's position",
+        SPARSE8,
+        WRONG,
+        EXPAND,
+        "8 * (at >> 24 & 3)",
+        "8 * (at >> 16 & 3)",
+        flags=EMULATED,
+    ),
+    _one(
+        "weights that are not zero behind the last step",
+        W8A8,
+        WRONG,
+        EXPAND,
+        "steps * Int8::kBytes, 0,",
+        "steps * Int8::kBytes, 127,",
+        flags=EMULATED,
+        shape=(33, 288),
+    ),
+    _one(
+        "the last of an odd number of blocks not computed",
+        W8A8,
+        NAN,
+        AMX,
+        "block < last; block += kStripBlocks",
+        "block + 1 < last; block += kStripBlocks",
+        flags=EMULATED,
+    ),
+    _one(
+        "rows behind the first pass not computed",
+        W8A16,
+        NAN,
+        AMX,
+        "start < panels; start += pass",
+        "start < 1; start += pass",
+        flags=EMULATED,
+        rows=(43,),
+        shape=(33, 16384),
+    ),
+    _one(
+        "survivors of bf16 in the other pair",
+        SPARSE,
+        WRONG,
+        EXPAND,
+        "static_cast<uint32_t>(quad >> 32)",
+        "static_cast<uint32_t>(quad)",
+        flags=EMULATED,
+        in_brief=True,
+    ),
+    _one(
+        "inputs behind the last not zero",
+        DENSE,
+        NAN,
+        "amx_bf16.cpp",
+        "std::memset(place + bytes, 0,",
+        "std::memset(place + bytes, 255,",
+        flags=EMULATED,
+    ),
     # Packers
     _one(
         "nibbles packed the other way around",
@@ -330,12 +473,20 @@ def _gate(on: tuple[str, str], rows: tuple[int, ...], shape: tuple[int, int] | N
             gate(spec, made, packed, count, module)
 
 
+def _module(on: tuple[str, str]) -> str:
+    return "bf16" if on in (DENSE, SPARSE) else "narrow" if on in (THREE, TWO) else "integer"
+
+
 def _cases() -> list[object]:
     cases = []
     for mistake in MISTAKES:
-        module = "bf16" if mistake.on in (DENSE, SPARSE) else "integer"
+        module = _module(mistake.on)
+        module = f"amx_{module}" if mistake.flags is EMULATED else module
         marks = [
-            pytest.mark.skipif(not native.runs_here(module, mistake.flags), reason="this CPU cannot run the kernel")
+            pytest.mark.skipif(
+                not native.runs_here(module.removeprefix("amx_"), mistake.flags),
+                reason="this CPU cannot run the kernel",
+            )
         ]
         marks += [] if mistake.in_brief or mistake.flags is None else [pytest.mark.slow]
         cases.append(pytest.param(mistake, module, id=mistake.name, marks=marks))
@@ -353,7 +504,7 @@ def test_the_gate_catches(mistake, module, tmp_path):
 
 @pytest.mark.parametrize(("on", "rows", "shape"), CONTROLS, ids=str)
 def test_the_gate_lets_the_honest_ones_pass(on, rows, shape):
-    module = "bf16" if on in (DENSE, SPARSE) else "integer"
+    module = _module(on)
     if not native.runs_here(module):
         pytest.skip("this CPU cannot run the kernel")
     _gate(on, rows, shape, import_module(f"autotune.kernels.cpu.{module}"))

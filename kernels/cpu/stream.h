@@ -1,0 +1,169 @@
+// Vector instructions through integer weights of any format (formats.h), any number of rows.
+//
+// Every thread streams its own blocks of 16 outputs from memory to registers, where they meet up to eight activation
+// rows at a time. With eight rows the dot products, not the loads, are what the core is busy with, so the same loop
+// serves one row and a thousand: register tiles over several blocks were tried and are no faster. Sums are exact:
+// int32 over a scale group, and over all inputs where there is one scale a channel.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
+#include "formats.h"
+#include "integer.h"
+
+namespace {
+
+
+thread_local Buffer shared_rows, own_rows;
+
+struct Rows {
+    const uint8_t* codes;  // [rows * planes][padded], each group's rows interleaved (rows.h)
+    const float* scales;   // [rows]
+    int64_t count;
+};
+
+template <class Type, int planes>
+void quantize(const Linear& a, const void* x, int64_t first, int64_t last, int64_t count, uint8_t* codes,
+              float* scales) {
+    for (int64_t row = first; row < last; row++) {
+        const Group group = group_of(row, count, kStreamRows / planes);
+        uint8_t* place = codes + (group.first * a.padded + (row - group.first) * kStep) * planes;
+        const uint8_t* source = static_cast<const uint8_t*>(x) + row * a.inputs * Type::kBytes;
+        scales[row] = quantize_row<Type, planes>(source, a.inputs, group.size * planes * kStep, place);
+    }
+}
+
+template <int rows>
+INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
+    if constexpr (kChains<rows> == 4) return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    if constexpr (kChains<rows> == 2) return chains[0] + chains[1];
+    return chains[0];
+}
+
+// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams.
+template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
+void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
+    constexpr int rows = tokens * planes;
+    // Several streams are fetched to the second cache, far ahead: the first cache waits for too few lines at once.
+    constexpr int64_t ahead = blocks == 1 ? 4096 : 3072;
+    constexpr int level = blocks == 1 ? 3 : 2;
+    constexpr int scales_ahead = 8 * kLanes;
+    const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes, stream_bytes = apart * block_bytes;
+    const uint8_t* w = a.weights + block * block_bytes;
+    const uint8_t* codes = x.codes + token * planes * a.padded;
+    const int64_t groups = a.steps / a.steps_per_group;
+    Floats totals[blocks][rows];
+    Ints whole[blocks][rows];
+    for (int b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) totals[b][r] = zero_floats();
+    for (int64_t g = 0; g < groups; g++) {
+        Sums<rows> sums[blocks];
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < kChains<rows>; c++) sums[b][r][c] = zero_ints();
+        for (int s = 0; s < a.steps_per_group; s++) {
+#pragma GCC unroll 4
+            for (int b = 0; b < blocks; b++) {
+                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
+                Format::template step<rows>(w + b * stream_bytes, codes, sums[b]);
+            }
+            w += Format::kBytes;
+            codes += rows * kStep;
+        }
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) {
+            if constexpr (grouped) {
+                const uint16_t* scales = a.scales + ((block + b * apart) * groups + g) * kLanes;
+                __builtin_prefetch(scales + scales_ahead);
+                Floats scale = load_bf16(scales);
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++)
+                    totals[b][r] = fma(to_floats(gathered<rows>(sums[b][r])), scale, totals[b][r]);
+            } else {
+                for (int r = 0; r < rows; r++) whole[b][r] = gathered<rows>(sums[b][r]);
+            }
+        }
+    }
+    for (int b = 0; b < blocks; b++)
+        for (int t = 0; t < tokens; t++)
+            finish<Type, planes, grouped>(a, block + b * apart, x.scales[token + t], y, token + t, [&](int plane) {
+                if constexpr (grouped)
+                    return totals[b][t * planes + plane];
+                else
+                    return whole[b][t * planes + plane];
+            });
+}
+
+// As many tokens at a time as the registers hold, then half as many, down to one.
+template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
+INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t token, int64_t end, void* y) {
+    for (; token + tokens <= end; token += tokens)
+        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, 1, x, token, y);
+    if constexpr (tokens > 1)
+        if (token < end) stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, x, token, end, y);
+}
+
+template <class Format, class Type, int planes, bool grouped>
+void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
+    const int64_t pass = rows_of_pass(a.padded * planes, kStreamRows / planes);
+    if (x.count == 1) {  // one token: several streams a thread keep more loads in flight, each long and without a break
+        const int each = (last - first) / kStreamBlocks;
+        for (int block = first; block < first + each; block++)
+            stream_blocks<Format, Type, planes, grouped, 1, kStreamBlocks>(a, block, each, x, 0, y);
+        for (int block = first + each * kStreamBlocks; block < last; block++)
+            stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, 1, x, 0, y);
+        return;
+    }
+    for (int64_t start = 0; start < x.count; start += pass)
+        for (int block = first; block < last; block++)
+            stream_tokens<Format, Type, planes, grouped, 1>(a, block, x, start, std::min(x.count, start + pass), y);
+}
+
+// False when memory ran out.
+template <class Format, class Type, int planes, bool grouped>
+bool linear(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (rows == 0) return true;
+    const bool each = rows == 1;  // quantizing one row twice costs less than waiting for it
+    const int64_t row_bytes = planes * a.padded;
+    uint8_t* memory = each ? nullptr : shared_rows.of(rows * (row_bytes + sizeof(float)));
+    if (!each && !memory) return false;
+    std::atomic<bool> enough{true};
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        uint8_t* codes = each ? own_rows.of(row_bytes + sizeof(float)) : memory;
+        float* scales = reinterpret_cast<float*>(codes + rows * row_bytes);
+        int64_t first, last;
+        if (each) {
+            if (codes) quantize<Type, planes>(a, x, 0, 1, 1, codes, scales);
+        } else {
+            share(rows, thread, team, first, last);
+            quantize<Type, planes>(a, x, first, last, rows, codes, scales);
+#pragma omp barrier
+        }
+        const Rows quantized{codes, scales, rows};
+        share(a.blocks, thread, team, first, last);
+        if (codes)
+            stream<Format, Type, planes, grouped>(a, first, last, quantized, y);
+        else
+            enough = false;
+    }
+    return enough;
+}
+
+template <class Format, class Type, bool grouped>
+bool by_planes(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (a.planes == 1) return linear<Format, Type, 1, grouped>(a, x, rows, y, threads);
+    if constexpr (std::is_same_v<Type, Bf16>)
+        return linear<Format, Type, 2, grouped>(a, x, rows, y, threads);
+    else
+        return linear<Format, Type, 3, grouped>(a, x, rows, y, threads);
+}
+
+}  // namespace
