@@ -21,7 +21,7 @@ from autotune.model import open_model, read_config
 from autotune.profilers import latency, measured, roofline
 from autotune.profilers.jobs import Job, residency
 from autotune.profilers.memory import model_bytes
-from autotune.profilers.table import LatencyTable, Shape, shape_of
+from autotune.profilers.table import LatencyTable, shape_of
 from autotune.search_space import workload as workload_module
 from autotune.search_space.coverage import KernelSpec
 from autotune.search_space.groups import LayerGroup, ModelSpec
@@ -168,7 +168,7 @@ class _Bounds:
         """Groups that differ in shape, each with how many are like it."""
         kinds: dict[object, list[LayerGroup]] = {}
         for group in self.spec.groups:
-            kinds.setdefault((shape_of(group), group.last_token_only), []).append(group)
+            kinds.setdefault(_kind(group), []).append(group)
         return [(groups[0], len(groups)) for groups in kinds.values()]
 
     def _fits(self, weight_bytes: int) -> bool:
@@ -194,13 +194,13 @@ class _Bounds:
             job = self._job(group, dense, self._kernels(group, dense)[0], phase)
             read_us, compute_us = roofline.read_us(job, ceilings), roofline.compute_us(job, ceilings)
             kind = "weights" if read_us >= compute_us else "arithmetic"
-            parts[kind] = (parts[kind] or 0.0) + count * max(read_us, compute_us)
+            parts[kind] = (parts[kind] or 0.0) + count * phase.calls(group) * max(read_us, compute_us)
         if (costs := self._attention_us(phase, context)) is not None:
             cache_us, compute_us = costs
             parts["cache"] = cache_us if cache_us >= compute_us else 0.0
             parts["arithmetic"] = (parts["arithmetic"] or 0.0) + (compute_us if compute_us > cache_us else 0.0)
         if ceilings.launch_us > 0:
-            parts["launches"] = ceilings.launch_us * len(self.spec.groups)
+            parts["launches"] = ceilings.launch_us * sum(count * phase.calls(group) for group, count in self._kinds)
         timed = self._measured(dense)
         index = self.workload.phases.index(phase)
         return PhaseAdvice(phase.name, phase.tokens, context, phase.count, parts, timed[index] if timed else None)
@@ -227,10 +227,10 @@ class _Bounds:
 
     def _scheme(self, item: Scheme) -> SchemeAdvice:
         dense = scheme(self.spec.dtype)
-        kernels = {shape_of(group): self._kernels(group, item) for group, _ in self._kinds}
-        having = [group for group in self.spec.groups if kernels[shape_of(group)]]
+        kernels = {_kind(group): self._kernels(group, item) for group, _ in self._kinds}
+        having = [group for group in self.spec.groups if kernels[_kind(group)]]
         own = tuple(dict.fromkeys(k.name for found in kernels.values() for k in found if k.name != _IDEAL))
-        plan = {g.name: (item if kernels[shape_of(g)] else dense).name for g in self.spec.groups}
+        plan = {g.name: (item if kernels[_kind(g)] else dense).name for g in self.spec.groups}
         size = model_bytes(self.spec, plan)
         before, after = self._measured(dense), self._measured(item, plan)
         source = "measured" if before and after else "bound" if own else "ideal kernel"
@@ -256,15 +256,15 @@ class _Bounds:
                 sums[1] += phase.count * (after[place] + rest[place])
         return {name: first / second for name, (first, second) in totals.items()}
 
-    def _least(self, item: Scheme, kernels: Mapping[Shape, Sequence[KernelSpec]]) -> list[float] | None:
+    def _least(self, item: Scheme, kernels: Mapping[object, Sequence[KernelSpec]]) -> list[float] | None:
         """Least microseconds of all groups in each phase, launches included; None where a rate is not known."""
         dense, totals = scheme(self.spec.dtype), [0.0] * len(self._phases)
         for group, alike in self._kinds:
-            own = kernels.get(shape_of(group), ())
+            own = kernels.get(_kind(group), ())
             chosen = item if own else dense
             options = [
                 [
-                    roofline.least_us(self._job(group, chosen, spec, phase), self.target.ceilings)
+                    phase.calls(group) * roofline.least_us(self._job(group, chosen, spec, phase), self.target.ceilings)
                     for phase, _ in self._phases
                 ]
                 for spec in own or self._kernels(group, dense)
@@ -327,6 +327,11 @@ class _Bounds:
             finally:
                 memo.close()
         return replace(table, rows=rows)
+
+
+def _kind(group: LayerGroup) -> object:
+    """What a group's times depend on."""
+    return shape_of(group), group.experts, group.experts_per_token, group.last_token_only
 
 
 def _ideal(item: Scheme, target: Target, dtype: str) -> KernelSpec:

@@ -101,6 +101,22 @@ def test_what_no_kernel_here_does_gets_an_ideal_one_and_the_reason(config, card)
     assert none.groups == 1  # only `down` has 128 inputs
 
 
+def test_of_a_mixture_only_the_experts_that_get_tokens_are_read(card, tmp_path):
+    import transformers
+
+    def parts(chosen):
+        values = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+        values |= {"num_key_value_heads": 2, "vocab_size": 256, "dtype": "bfloat16", "num_local_experts": 4}
+        values |= {"num_experts_per_tok": chosen, "architectures": ["MixtralForCausalLM"], "sliding_window": None}
+        transformers.MixtralConfig(**values).save_pretrained(tmp_path)
+        return advise(str(tmp_path / "config.json"), "card", "1,8,4").phases[1].parts_us
+
+    one, three = parts(1), parts(3)
+    expert = 2 * (64 * 256 + 128 * 64) + 2 * ((64 + 256) + (128 + 64))  # gate and up, down; weights and one row
+    assert three["weights"] - one["weights"] == pytest.approx(2 * expert * 1e-5)
+    assert three["launches"] - one["launches"] == pytest.approx(2 * 2.0)
+
+
 def test_what_is_not_sure_is_noted(config, card, monkeypatch):
     busy = Ceilings(CARD.ceilings.read_gb_per_s, {"bf16": 1.0}, 0.0, "measured", busy=True)
     monkeypatch.setattr(module, "resolve_target", lambda name: (Target(**{**vars(CARD), "ceilings": busy}), False))
