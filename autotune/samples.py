@@ -20,7 +20,7 @@ FLOORS = {
     "score_length": (128, 64),
     "score_draws": (1, 1),
     "search_tokens": (1_536, 256),
-    "certify_tokens": (14_000, 1_000),
+    "certify_tokens": (20_000, 1_000),
     "trials": (6, 1),
     "finalists": (2, 1),
 }

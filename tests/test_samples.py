@@ -93,7 +93,7 @@ def test_what_is_reduced_is_said_with_what_it_was():
     text = reduced(resolve(config(score_tokens=4096), large), large)
     assert "473M parameters" in text
     assert "search_tokens 1,536 (of 8,192)" in text
-    assert "certify_tokens 14,000 (of 200,000)" in text
+    assert "certify_tokens 20,000 (of 200,000)" in text
     assert "score_tokens" not in text
 
 

@@ -12,7 +12,7 @@ from autotune.search.front import fits
 from autotune.search.problem import Budget, Candidate, Evaluate, Evaluation, Genotype, Problem
 from autotune.search.ratio import LossRatio, loss_ratio
 
-HOPELESS = 30.0  # times the loss limit on the first documents: the others could not change that
+HOPELESS = 10.0  # times the loss limit on the first documents: the others could not change that
 
 Progress = Callable[[int, int, float | None], None]
 
