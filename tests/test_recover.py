@@ -153,7 +153,7 @@ def test_the_loss_falls_under_other_schemes(distillation, tmp_path, name, rate, 
 
 def test_a_broken_teacher_teaches_nothing(distillation):
     """What pulls the loss down is the dense model: with its logits turned round the loss does not fall as it must."""
-    item = distillation(steps=24)
+    item = distillation("gpt2", steps=24)
     outputs = item.student.outputs
 
     def broken(ids):
