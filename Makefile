@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 0.2% --workload decode --trials 6 --set finalists=3 --set certify_tokens=150000
+	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 0.2% --workload decode --trials 6 --set finalists=3 --set score_tokens=8192 --set certify_tokens=150000
 	@echo "report: runs/demo/report.html"
 
 test: .venv/installed

@@ -1,15 +1,18 @@
 """A run's models, loaded on first use: a resumed run that finds its tables loads no weights before it must.
 
 Two hold weights: the dense one that losses are measured on, and the runnable one with every scheme's packed weights. Of
-a large model only one is in memory at a time; it is loaded again when its turn comes, which costs seconds.
+a large model both are in memory only where there is plenty; else each is loaded again when its turn comes, which costs
+seconds, and minutes for many schemes.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 from torch import nn
 
+from autotune import samples
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.allocator import give_back
 from autotune.profilers.latency import LatencyTable
@@ -31,10 +34,20 @@ class Models:
         self.table = table
         self.database: WeightDatabase | None = None
 
-    def make_room(self) -> None:
-        """Between stages that need different models: let go of large ones."""
+    def done_with_losses(self) -> None:
+        """Until the next stage that measures some: let go of a large model's dense weights."""
+        self._let_go("teacher", "reference", "dense")
+
+    def done_with_kernels(self) -> None:
+        """Until the next stage that runs some: let go of a large model's packed weights, if memory is short. Packing
+        them again takes longer than anything else that a stage does before it starts."""
+        losses = 2 * samples.parameters(self.session.spec) * (2 if self.session.arithmetic == "bf16" else 4) + 2**30
+        if available_memory() < 2 * losses:
+            self._let_go("runnable")
+
+    def _let_go(self, *names: str) -> None:
         if self.session.large:
-            for name in ("teacher", "reference", "dense", "runnable"):
+            for name in names:
                 self.__dict__.pop(name, None)
             give_back()
             self.session.place.make_room()
@@ -66,3 +79,17 @@ class Models:
         progress = session.progress("pack")
         database, place = self.database, session.place
         return switchable(session.opened, self.space, self.table, session.workload, database, cache, progress, place)
+
+
+def available_memory() -> int:
+    """Bytes that this process could still take: of the machine and of its control group; 0 where neither is told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+    try:
+        group = Path("/sys/fs/cgroup")
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free

@@ -60,15 +60,15 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         result.losses = tables.loss_table(session, space, models)
         result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
         result.floor_nats = tables.arithmetic_floor(session, models)
-        models.make_room()
+        models.done_with_losses()
     if until == "score":
         return result
 
     result.calibration = tables.calibrate_latency(session, space, table, models)
-    models.make_room()
+    models.done_with_kernels()
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
-    models.make_room()
+    models.done_with_losses()
     result.points = _points(result, models)
     if until == "search":
         return result

@@ -99,4 +99,5 @@ def test_no_time_is_a_row_too(tmp_path):
     process = run(*chosen, "--device", "cpu", "--only", "correctness", "--out", "out", folder=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = read(tmp_path / "out/correctness.csv")
-    assert rows and {row["status"] for row in rows} == {"not reached"}
+    runs = [row for row in rows if row["status"] != "not legal"]  # AMX kernels where there are no tiles
+    assert runs and {row["status"] for row in runs} == {"not reached"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import tiny
 import yaml
 
 from autotune import samples
 from autotune.config import RunConfig
-from autotune.models import Models
+from autotune.models import Models, available_memory
 from autotune.run import RunFolder, silent
 from autotune.session import open_session
 from autotune.tune import tune
@@ -47,7 +49,7 @@ def test_room_is_made_of_large_models_only(home, tmp_path, monkeypatch, large):
     session = session_of(home, tmp_path)
     models = Models(session, None, None)
     before = models.dense
-    models.make_room()
+    models.done_with_losses()
     assert (models.dense is before) is not large
     assert session.arithmetic == ("bf16" if large else "fp32")
 
@@ -60,8 +62,10 @@ def test_a_large_model_run_in_fp32_is_measured_in_fp32(models, tmp_path, monkeyp
     assert session.arithmetic == "fp32"
 
 
-def test_the_loop_never_holds_two_large_models(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("plenty", [False, True])
+def test_the_loop_holds_two_large_models_only_where_memory_is_plenty(home, tmp_path, monkeypatch, plenty):
     monkeypatch.setattr(samples, "LARGE", 0)
+    monkeypatch.setattr("autotune.models.available_memory", lambda: 2**40 if plenty else 0)
     held, made = [], []
     init = Models.__init__
 
@@ -76,7 +80,8 @@ def test_the_loop_never_holds_two_large_models(home, tmp_path, monkeypatch):
     result = tune(config_of(home, tmp_path / "run"), reporter)
     assert {"runnable"} in held
     assert any("reference" in names for names in held)
-    assert not any("runnable" in names and len(names) > 1 for names in held)
+    both = any("runnable" in names and len(names) > 1 for names in held)
+    assert both is plenty
     assert result.floor_nats > 0
     assert result.report["data"]["arithmetic"] == "bf16"
     assert any("bf16 products" in warning for warning in result.report["warnings"])
@@ -94,3 +99,8 @@ def test_a_run_writes_the_sizes_it_resolved_and_says_what_it_reduced(home, tmp_p
     assert written["score_tokens"] == 200
     assert "search_tokens 1,536 (of 8,192)" in result.report["data"]["reduced"]
     assert result.report["data"]["reduced"] in result.report["warnings"]
+
+
+def test_available_memory_is_some_of_what_there_is():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= pages

@@ -251,7 +251,7 @@ def _conclude(
     models = Models(session, narrow, job.result.table)
     models.database = database
     before, after = _losses(job, models, report)
-    models.make_room()
+    models.done_with_losses()
     problem = job.result.problem
     assert problem is not None
     candidate = candidates.candidate_of(problem, chosen, after, "recovered")
