@@ -82,6 +82,7 @@ def _expected(session: Session, space: SearchSpace) -> tuple[float, float, float
     seconds += _loss_seconds(session) + _SECONDS_PER_WEIGHT * sum(spec.group(e.group).weights for e in wanted)
     # The dense model and, beside it, a candidate's weights or what scoring keeps of a batch of documents.
     losses = 2 * samples.parameters(spec) * (2 if session.arithmetic == "bf16" else 4) + 2**30
+    # What is needed at least: a large model keeps both at once where memory is plenty.
     memory = max(runnable, losses) if session.large else runnable + losses
     return seconds / 60, memory + _PYTHON_BYTES, disk
 
