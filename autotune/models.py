@@ -1,8 +1,8 @@
 """A run's models, loaded on first use: a resumed run that finds its tables loads no weights before it must.
 
 Two hold weights: the dense one that losses are measured on, and the runnable one with every scheme's packed weights. Of
-a large model both are in memory only where there is plenty; else each is loaded again when its turn comes, which took 30 to
-40 seconds for 13 schemes of 470M weights.
+a large model both are in memory only where there is plenty; else each is loaded again when its turn comes, which took
+30 to 40 seconds for 13 schemes of 470M weights.
 """
 
 from __future__ import annotations
