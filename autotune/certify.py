@@ -89,6 +89,10 @@ class Judged(Protocol):
 
     def select(self, configuration: Mapping[str, str]) -> None: ...
 
+    def prepare(self, configurations: Sequence[Mapping[str, str]], documents: Sequence[torch.Tensor]) -> None:
+        """Say whose outputs will be asked for."""
+        ...
+
     def outputs(self, document: torch.Tensor) -> torch.Tensor:
         """Logits (positions, vocabulary), or an encoder's last hidden state (positions, hidden)."""
         ...
@@ -120,6 +124,7 @@ def certify(
     for share, alpha in LOOKS:
         until = max(2, round(len(documents) * share))
         undecided = range(len(passed), len(finalists))
+        model.prepare([{}, *(finalists[i] for i in undecided)], documents[seen:until])
         for index in range(seen, until):
             _measure(model, [finalists[i] for i in undecided], documents[index], [sums[i] for i in undecided])
             if progress:

@@ -35,6 +35,7 @@ class RunConfig(BaseModel):
     fast: bool = False
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
     latency_only: bool = False
+    streaming: bool | None = None  # compress and measure losses block by block from disk; None: where memory is short
 
     # How much is measured. The defaults fit models of up to 30M parameters; where a larger one is tuned and a size was
     # not given, `samples.resolve` takes less.

@@ -185,7 +185,7 @@ def _latency_only_front(problem: Problem, budget: Budget) -> Front:
 
 def measure_points(session: Session, problem: Problem, points: Sequence[Point], models: Models) -> EndToEnd | None:
     """End-to-end latency of every point, and of what a fit needs, in one run; None where nothing can be run."""
-    if not session.local:
+    if not models.runs:
         return None
     available = {group.name: [option.scheme for option in group.options] for group in problem.groups}
     configurations = uniform_configurations(session.spec, available)

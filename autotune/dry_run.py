@@ -15,7 +15,7 @@ from autotune.run import RunFolder, silent
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import scheme
 from autotune.search_space.space import Entry, SearchSpace
-from autotune.session import Session, open_session
+from autotune.session import MEMORY_SHARE, Session, open_session
 
 _FORWARD_SHARE = 0.4  # of the peak rate that a whole forward pass reaches; measured 0.3 to 0.6 on small models
 _SECONDS_PER_ROW = 0.15  # one kernel latency: gate, warm-up, 20 rounds
@@ -65,6 +65,7 @@ def _samples(session: Session) -> str:
     tokens = f"calibration {config.calibration_tokens:,}, score {config.score_tokens:,} in documents of"
     tokens += f" {config.score_length}, search {config.search_tokens:,}, certification {config.certify_tokens:,} tokens"
     text = f"{tokens}; {config.trials} trials, {config.finalists} finalists; losses in {session.arithmetic}"
+    text += ", block by block from disk" if session.streams else ""
     note = samples.reduced(config, session.spec)
     return f"{text}\n{note}" if note else text
 
@@ -84,7 +85,18 @@ def _expected(session: Session, space: SearchSpace) -> tuple[float, float, float
     losses = 2 * samples.parameters(spec) * (2 if session.arithmetic == "bf16" else 4) + 2**30
     # What is needed at least: a large model keeps both at once where memory is plenty.
     memory = max(runnable, losses) if session.large else runnable + losses
+    if session.streams:  # and nothing is run that does not fit
+        fits = runnable <= MEMORY_SHARE * session.place.memory_bytes
+        memory = max(_streamed_bytes(session), runnable if fits else 0)
     return seconds / 60, memory + _PYTHON_BYTES, disk
+
+
+def _streamed_bytes(session: Session) -> int:
+    """The largest block in the arithmetic of losses, and what compression and scoring keep of documents."""
+    layers: dict[int | None, int] = {}
+    for group in session.spec.groups:
+        layers[group.layer] = layers.get(group.layer, 0) + group.weights
+    return max(layers.values()) * (2 if session.arithmetic == "bf16" else 4) + 2 * 2**30
 
 
 def _loss_seconds(session: Session) -> float:

@@ -6,7 +6,8 @@ come from the checkpoint's headers. No code from a checkpoint is ever run: archi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ class OpenModel:
     checkpoint: Checkpoint | None
     vocabulary: int  # token ids are below this
     positions: int  # longest sequence the model takes
+    names: Mapping[str, str] = field(default_factory=dict)  # parameter path -> what the checkpoint calls it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +74,7 @@ def open_model(
     name = folder.name if Path(source).exists() else source
     spec = ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied)
     positions = int(getattr(config, "max_position_embeddings", 2**31))
-    return OpenModel(folder, spec, weights, int(getattr(config, "vocab_size", 256)), positions)
+    return OpenModel(folder, spec, weights, int(getattr(config, "vocab_size", 256)), positions, names)
 
 
 def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module:
@@ -98,11 +100,16 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
     split_experts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
-            count = int((~torch.isfinite(parameter)).sum())
-            what = f"{opened.folder}: {name} holds {count} NaN or infinite values."
-            raise InputError("model.nonfinite", what, "Retrain or repair it.")
+        check_finite(opened.folder, name, parameter)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def check_finite(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises InputError `model.nonfinite`."""
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        what = f"{folder}: {name} holds {count} NaN or infinite values."
+        raise InputError("model.nonfinite", what, "Retrain or repair it.")
 
 
 def load_mixed(opened: OpenModel) -> nn.Module:
@@ -115,7 +122,12 @@ def load_mixed(opened: OpenModel) -> nn.Module:
         InputError: `model.nonfinite`, as `load_model`.
     """
     model = load_model(opened, torch.bfloat16)
-    linears = {member.module for group in opened.spec.groups for member in group.members}
+    mix(model, {member.module for group in opened.spec.groups for member in group.members})
+    return model
+
+
+def mix(model: nn.Module, linears: Collection[str]) -> None:
+    """Make a bf16 model, in place, what `load_mixed` says; `linears`: paths of what multiplies in bf16."""
     for name, module in model.named_modules():
         if name in linears:
             module.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16), *args[1:]))
@@ -128,6 +140,12 @@ def load_mixed(opened: OpenModel) -> nn.Module:
             for key, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(module, key, buffer.float())
+
+
+def empty_model(opened: OpenModel) -> nn.Module:
+    """The model on the meta device, experts as layers of their own."""
+    model = _empty(_config(opened.folder), opened.folder)
+    split_experts(model)
     return model
 
 
@@ -283,6 +301,20 @@ def _trace(model: nn.Module) -> dict[str, int]:
         return hook
 
     handles = [m.register_forward_pre_hook(record(n)) for n, m in model.named_modules() if is_linear(m)]
+    try:
+        run_empty(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def run_empty(model: nn.Module) -> None:
+    """One forward pass of a model on the meta device, for its hooks.
+
+    Raises:
+        InputError: `model.architecture`.
+    """
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     for module in model.modules():
         if holds_experts(module) and hasattr(module, "config"):  # the default takes no fp32 on the meta device
@@ -297,10 +329,6 @@ def _trace(model: nn.Module) -> dict[str, int]:
         what = f"the forward pass of {type(model).__name__} could not be traced: {error}."
         hint = "It must be a causal language model or an encoder that takes token ids."
         raise InputError("model.architecture", what, hint) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
 
 
 def _kept(

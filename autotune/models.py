@@ -16,9 +16,13 @@ from autotune import samples
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.allocator import give_back
 from autotune.profilers.latency import LatencyTable
+from autotune.profilers.memory import weight_bytes
 from autotune.reference_model import ReferenceModel
+from autotune.search_space.schemes import scheme
 from autotune.search_space.space import SearchSpace
-from autotune.session import Session
+from autotune.session import MEMORY_SHARE, Session
+from autotune.streamed_reference import reference_of
+from autotune.streaming import Streamed
 from autotune.switchable import SwitchableModel, switchable
 from autotune.teacher import Teacher
 
@@ -53,26 +57,36 @@ class Models:
             self.session.place.make_room()
 
     @cached_property
-    def dense(self) -> nn.Module:
+    def dense(self) -> nn.Module | Streamed:
         """The dense model in the session's arithmetic; `reference` takes it over."""
-        return self.session.reference()
+        return self.session.streamed() if self.session.streams else self.session.reference()
 
     @cached_property
     def reference(self) -> ReferenceModel:
         """Reference twins of every scheme, for losses."""
         assert self.database is not None
-        return ReferenceModel(self.dense, self.session.spec, self.database)
+        return reference_of(self.dense, self.session.spec, self.database)
 
     @cached_property
     def teacher(self) -> Teacher:
         """Measured losses on the search documents."""
         return Teacher(self.reference, self.session.search_documents, LOOK_SHARES)
 
+    @property
+    def runs(self) -> bool:
+        """Whether the whole model can be run on its kernels: here, and with all its packed weights in memory."""
+        session = self.session
+        if not session.local or not session.streams:
+            return session.local
+        entries = [(scheme(entry.scheme), session.spec.group(entry.group)) for entry in self.space.usable()]
+        packed = sum(weight_bytes(item, group, session.spec.dtype) for item, group in entries)
+        return session.spec.dense_bytes + packed <= MEMORY_SHARE * session.place.memory_bytes
+
     @cached_property
     def runnable(self) -> SwitchableModel | None:
-        """The real model on its kernels; None for a target that is not this machine."""
+        """The real model on its kernels; None where it cannot be run."""
         session = self.session
-        if not session.local:
+        if not self.runs:
             return None
         session.report("pack", 0, 1)
         cache = session.target.last_cache_bytes

@@ -7,8 +7,10 @@ measured on the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,17 @@ class Place:
         """Return memory that nothing uses any more to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that the device has, or that a process may take of the machine's."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        except (OSError, ValueError):  # no control group, or no limit ("max")
+            return total
 
 
 CPU = Place(torch.device("cpu"))

@@ -8,7 +8,7 @@ comes from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,9 @@ class ReferenceModel:
             if self._current[group.name] != name:
                 self._set(group, name)
                 self._current[group.name] = name
+
+    def prepare(self, configurations: Sequence[Mapping[str, str]], documents: Sequence[torch.Tensor]) -> None:
+        """Say whose outputs will be asked for: a model that is not held whole passes its blocks for all at once."""
 
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:

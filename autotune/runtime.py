@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from autotune.kernels.spec import load as load_kernel
 from autotune.place import device_of
 from autotune.plan import Plan
 from autotune.search_space.schemes import scheme
+from autotune.skeleton import skeleton
 from autotune.store import new_folder
 
 WEIGHTS = "compressed.safetensors"
@@ -291,33 +292,10 @@ def _transposed(model: nn.Module, entry: Any) -> bool:
 
 
 def _skeleton(folder: Path, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """The architecture with parameters on the meta device and real buffers (rotary tables are made at construction)."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    auto = AutoModelForCausalLM if plan.model.task == "causal-lm" else AutoModel
-    with _parameters_on_meta():
-        model = auto.from_config(config, dtype=dtype)
+    model = skeleton(folder, plan.model.task, dtype)
     generation = folder / "generation_config.json"
     if generation.is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    split_experts(model)
-    return model  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        model.generation_config = GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
+    return model

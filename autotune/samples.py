@@ -31,6 +31,12 @@ def parameters(spec: ModelSpec) -> int:
     return spec.dense_bytes // (2 if spec.dtype == "bf16" else 4)
 
 
+def loss_bytes(spec: ModelSpec, arithmetic: str) -> int:
+    """What measuring losses takes with the dense model in memory: its weights, about 2.5 times as much that scoring
+    keeps of a batch of documents, and the rest."""
+    return 7 * parameters(spec) * (2 if arithmetic == "bf16" else 4) // 2 + 2**30
+
+
 def sized(name: str, count: int) -> int:
     """A setting's default for a model of `count` parameters."""
     default = int(RunConfig.model_fields[name].default)

@@ -14,7 +14,7 @@ Encoders: Gaussian probes u in place of labels give E[(sum <g, dY>)^2] = squared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from autotune.search_space.schemes import NumberFormat, scheme
 from autotune.search_space.space import SearchSpace
 from autotune.teacher import Teacher
 
-_BATCH_BYTES = 2**28  # inputs and gradients of a batch of documents; more where the model itself needs more
+BATCH_BYTES = 2**28  # inputs and gradients of a batch of documents; more where the model itself needs more
 _PRODUCTS = 2**22  # numbers of G^T X at a time, over documents, draws and some rows: they are summed while in cache
 
 
@@ -83,29 +83,24 @@ def score(
         documents: token ids, each (positions,); 96 of 256 tokens give about 10% relative error.
         draws: label draws a document.
     """
-    schemes = {g.name: [e.scheme for e in space.schemes(g.name) if e.scheme != space.dense] for g in model.spec.groups}
-    generator = torch.Generator(model.device).manual_seed(seed)
-    squares: dict[tuple[str, str], list[float]] = {(g, s): [] for g, names in schemes.items() for s in names}
-    weights: list[float] = []
-    room = max(_BATCH_BYTES, 5 * model.weight_bytes // 2)
+    sums, objective = Sums(model, space), Objective(model, draws, seed)
+    room = max(BATCH_BYTES, 5 * model.weight_bytes // 2)
     model.select({})
-    batch: list[_Tap] = []
-    with _Taps(model) as taps:
+    batch: list[Tap] = []
+    with Taps(model, model.spec.groups, embeddings=True) as taps:
         for number, document in enumerate(documents):
-            weight, tap = _backward(model, document, taps, draws, generator)
-            weights.append(weight)
+            with torch.enable_grad():
+                output = model.model(document.unsqueeze(0))
+                sums.weights.append(objective.weight(output))
+                tap, _ = taps.backward(objective.ends(output), [None] * draws)
             batch.append(tap)
             if sum(item.bytes for item in batch) < room and number + 1 < len(documents):
                 continue
-            for group in model.spec.groups:
-                for name, values in _sums(model, group, schemes[group.name], batch).items():
-                    squares[group.name, name] += values
+            sums.add(model.spec.groups, batch)
             batch.clear()
             if progress:
                 progress(number + 1, len(documents))
-    half = 1.0 if model.spec.task == "encoder" else 0.5
-    rows = [_row(key, np.asarray(value) * half, np.asarray(weights), "fisher") for key, value in squares.items()]
-    return LossTable(tuple(rows))
+    return sums.table()
 
 
 def one_at_a_time(
@@ -124,7 +119,7 @@ def one_at_a_time(
 
 
 @dataclass(frozen=True)
-class _Tap:
+class Tap:
     """What one document leaves behind, in the dtype of the model's weights."""
 
     inputs: dict[str, torch.Tensor]  # part of a group -> (tokens, in_features); absent: an expert that got no token
@@ -136,21 +131,23 @@ class _Tap:
         return gradients + sum(tensor.nbytes for tensor in self.inputs.values())
 
 
-class _Taps:
+class Taps:
     """While active, keeps the input of each group (of each expert, where it has such) and its members' outputs of the
     last forward pass."""
 
-    def __init__(self, model: ReferenceModel) -> None:
+    def __init__(self, model: ReferenceModel, groups: Sequence[LayerGroup], embeddings: bool) -> None:
+        """`embeddings`: the graph starts there, as parameters are frozen; else at whatever the pass is given."""
         self.model = model
+        self.groups, self.embeddings = groups, embeddings
         self.inputs: dict[str, torch.Tensor] = {}  # part of a group -> (tokens, in_features)
         self.outputs: dict[str, list[torch.Tensor]] = {}  # the same -> members' outputs, kept for autograd
         self._handles: list[Any] = []
 
-    def __enter__(self) -> _Taps:
-        embedding = self.model.model.get_input_embeddings()  # type: ignore[operator]
-        # Parameters are frozen; the graph starts at the embeddings.
-        self._handles.append(embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
-        for group in self.model.spec.groups:
+    def __enter__(self) -> Taps:
+        if self.embeddings:
+            embedding = self.model.model.get_input_embeddings()  # type: ignore[operator]
+            self._handles.append(embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
+        for group in self.groups:
             size = len(group.parts[0].members)
             for index, layer in enumerate(self.model.layers[group.name]):
                 record = self._record(group.parts[index // size].name, index % size)
@@ -160,6 +157,29 @@ class _Taps:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def backward(
+        self, ends: Iterable[torch.Tensor], above: Sequence[torch.Tensor | None], entry: torch.Tensor | None = None
+    ) -> tuple[Tap, list[torch.Tensor]]:
+        """What the last pass leaves behind, and the gradients at its `entry`, one a draw.
+
+        Args:
+            ends: of each draw, what is differentiated; above: the gradient there, None where it is a number.
+        """
+        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in self.outputs}
+        flat = [tensor for name in gradients for tensor in self.outputs[name]]
+        sources = flat if entry is None else [*flat, entry]
+        below = []
+        for draw, (end, given) in enumerate(zip(ends, above, strict=True)):
+            rest = iter(torch.autograd.grad(end, sources, given, retain_graph=draw + 1 < len(above)))
+            for name, made in gradients.items():
+                parts = [next(rest).flatten(0, -2).to(self.model.dtype) for _ in self.outputs[name]]
+                made.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+            below += list(rest)
+        tap = Tap(dict(self.inputs), gradients)
+        self.inputs.clear()
+        self.outputs.clear()
+        return tap, below
 
     def _record(self, name: str, index: int) -> Any:
         def hook(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -171,39 +191,65 @@ class _Taps:
         return hook
 
 
-def _backward(
-    model: ReferenceModel, document: torch.Tensor, taps: _Taps, draws: int, generator: torch.Generator
-) -> tuple[float, _Tap]:
-    """(what the document's loss is divided by: scored tokens, or the output's norm; its inputs and gradients)."""
-    with torch.enable_grad():
-        output = model.model(document.unsqueeze(0))
-        gradients: dict[str, list[torch.Tensor]] = {name: [] for name in taps.outputs}
-        flat = [tensor for name in gradients for tensor in taps.outputs[name]]
-        for draw in range(draws):
-            objective, weight = _objective(model, output, generator)
-            rest = iter(torch.autograd.grad(objective, flat, retain_graph=draw + 1 < draws))
-            for name, made in gradients.items():
-                parts = [next(rest).flatten(0, -2).to(model.dtype) for _ in taps.outputs[name]]
-                made.append(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
-    tap = _Tap(dict(taps.inputs), gradients)
-    taps.inputs.clear()
-    taps.outputs.clear()
-    return weight, tap
+class Objective:
+    """What is differentiated: log-likelihoods of drawn labels, or products with drawn probes."""
+
+    def __init__(self, model: ReferenceModel, draws: int, seed: int) -> None:
+        self.encoder, self.draws = model.spec.task == "encoder", draws
+        self._generator = torch.Generator(model.device).manual_seed(seed)
+
+    def weight(self, output: Any) -> float:
+        """What the document's loss is divided by: scored tokens, or the output's squared norm."""
+        if self.encoder:
+            return float(output.last_hidden_state.detach().square().sum())
+        return float(output.logits.shape[1] - 1)
+
+    def ends(self, output: Any) -> Iterator[torch.Tensor]:
+        """One a draw, each made when it is asked for."""
+        for _ in range(self.draws):
+            if self.encoder:
+                hidden = output.last_hidden_state
+                probe = torch.randn(hidden.shape, generator=self._generator, device=hidden.device)
+                yield (hidden * probe.to(hidden.dtype)).sum()
+                continue
+            logits = output.logits[0, :-1].float()  # (scored tokens, vocabulary)
+            with torch.no_grad():
+                labels = torch.multinomial(logits.softmax(-1), 1, generator=self._generator)
+            yield logits.log_softmax(-1).gather(1, labels).sum()
 
 
-def _objective(model: ReferenceModel, output: Any, generator: torch.Generator) -> tuple[torch.Tensor, float]:
-    if model.spec.task == "encoder":
-        hidden = output.last_hidden_state
-        probe = torch.randn(hidden.shape, generator=generator, device=hidden.device).to(hidden.dtype)
-        return (hidden * probe).sum(), float(hidden.detach().square().sum())
-    logits = output.logits[0, :-1].float()  # (scored tokens, vocabulary)
-    with torch.no_grad():
-        labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    return logits.log_softmax(-1).gather(1, labels).sum(), float(len(labels))
+class Sums:
+    """Of every usable compressed entry of a space the squared sums, document by document.
+
+    `weights`: of every document what its loss is divided by.
+    """
+
+    def __init__(self, model: ReferenceModel, space: SearchSpace) -> None:
+        self.model = model
+        self.weights: list[float] = []
+        self._schemes = {
+            group.name: [entry.scheme for entry in space.schemes(group.name) if entry.scheme != space.dense]
+            for group in model.spec.groups
+        }
+        self._squares: dict[tuple[str, str], list[float]] = {
+            (group, name): [] for group, names in self._schemes.items() for name in names
+        }
+
+    def add(self, groups: Sequence[LayerGroup], batch: Sequence[Tap]) -> None:
+        for group in groups:
+            for name, values in group_sums(self.model, group, self._schemes[group.name], batch).items():
+                self._squares[group.name, name] += values
+
+    def table(self) -> LossTable:
+        half = 1.0 if self.model.spec.task == "encoder" else 0.5
+        weights = np.asarray(self.weights)
+        return LossTable(
+            tuple(_row(key, np.asarray(value) * half, weights, "fisher") for key, value in self._squares.items())
+        )
 
 
-def _sums(
-    model: ReferenceModel, group: LayerGroup, names: Sequence[str], batch: Sequence[_Tap]
+def group_sums(
+    model: ReferenceModel, group: LayerGroup, names: Sequence[str], batch: Sequence[Tap]
 ) -> dict[str, list[float]]:
     """Scheme -> for every document the mean over draws of (sum over positions of <g, dY>)^2.
 

@@ -13,11 +13,12 @@ import torch
 
 from autotune import documents as documents_module
 from autotune import samples
+from autotune.blocks import find_blocks
 from autotune.certify import expected_error
 from autotune.compress import methods
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
-from autotune.errors import DeviceError, UsageError
+from autotune.errors import DeviceError, InputError, UsageError
 from autotune.model import OpenModel, load_mixed, load_model, load_tokenizer, open_model
 from autotune.place import CPU, Place, place_of
 from autotune.profilers.probe import probe
@@ -26,9 +27,11 @@ from autotune.search_space import workload as workload_module
 from autotune.search_space.groups import ModelSpec
 from autotune.search_space.workload import Workload
 from autotune.store import Memo, user_folder
+from autotune.streaming import Streamed
 from autotune.targets import detect, target
 from autotune.targets.target import Target
 
+MEMORY_SHARE = 0.9  # of the device's that one stage may take
 SAFETY = 2.5  # standard errors between the search's limit and the budget, because a knapsack fills its budget
 
 
@@ -69,6 +72,28 @@ class Session:
     def place(self) -> Place:
         """Where models and documents are; for a target elsewhere, losses are measured on the CPU."""
         return place_of(self.target) if self.local else CPU
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether compression and losses take the model block by block from disk: where the settings ask for it, or
+        memory is too small for the weights and what scoring keeps beside them. It changes nothing in the results.
+
+        Raises:
+            InputError: `model.streaming` where it is asked for and the model cannot be visited block by block.
+        """
+        wanted = self.config.streaming
+        if wanted is False or self.opened.checkpoint is None:
+            return False
+        if wanted is None and samples.loss_bytes(self.spec, self.arithmetic) <= MEMORY_SHARE * self.place.memory_bytes:
+            return False
+        try:
+            find_blocks(self.opened)
+        except InputError as error:
+            if wanted:
+                raise
+            self.report("load", 0, 1, f"held whole, though memory is short: {error.message}")
+            return False
+        return True
 
     @cached_property
     def documents(self) -> Documents:
@@ -128,6 +153,11 @@ class Session:
         model.to(self.place.device)
         self.report("load", 1, 1)
         return model
+
+    def streamed(self) -> Streamed:
+        """The same, of which a block at a time is in memory."""
+        mixed = self.arithmetic == "bf16"
+        return Streamed(self.opened, torch.bfloat16 if mixed else torch.float32, mixed, self.place.device)
 
 
 def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class SwitchableModel:
             for part in group.parts:
                 if self.groups[part.name].active != wanted:
                     self.groups[part.name].select(wanted)
+
+    def prepare(self, configurations: Sequence[Mapping[str, str]], documents: Sequence[torch.Tensor]) -> None:
+        """Nothing to do: all of it is in memory."""
 
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:

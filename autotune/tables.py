@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from autotune import memory_budget
+from autotune import memory_budget, streamed_score
 from autotune.compress import database
 from autotune.compress.database import WeightDatabase
 from autotune.kernels.spec import KERNELS, kernel_hash
@@ -23,6 +23,7 @@ from autotune.search_space.groups import LayerGroup
 from autotune.search_space.space import SearchSpace
 from autotune.session import Session
 from autotune.store import Memo, file_digest, user_folder, write_text
+from autotune.streamed_reference import StreamedReference
 from autotune.verify import FORMAT, EndToEnd
 
 
@@ -111,7 +112,10 @@ def loss_table(session: Session, space: SearchSpace, models: Models) -> LossTabl
 
     def compute() -> LossTable:
         progress = session.progress("score")
-        return score(models.reference, space, session.score_documents, config.score_draws, config.seed, progress)
+        found, documents = models.reference, session.score_documents
+        if isinstance(found, StreamedReference):
+            return streamed_score.score(found, space, documents, config.score_draws, config.seed, progress)
+        return score(found, space, documents, config.score_draws, config.seed, progress)
 
     return session.folder.stage(
         "score",
@@ -176,7 +180,7 @@ def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[st
 
 def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable, models: Models) -> Calibration:
     """Rest of the model and factors per scheme and phase from interleaved runs; with nothing to run, none is added."""
-    if not session.local:
+    if not models.runs:
         return Calibration({}, {}, None)
     available = available_schemes(space, session)
 

@@ -39,6 +39,7 @@ class Teacher:
         if self._latest[0] != dict(configuration):
             self._latest = dict(configuration), []
         rows = self._latest[1]  # a second look goes on where the first ended
+        self.model.prepare([{}, configuration], self.documents[len(rows) : self.looks[look]])
         while len(rows) < self.looks[look]:
             dense = self._some_dense(len(rows), self.looks[look])
             self.model.select(configuration)
@@ -51,6 +52,9 @@ class Teacher:
     def floor(self) -> float:
         """KL, in nats a token, of the dense model from itself computed exactly, on the first look's documents."""
         self.model.select({})
+        self.model.prepare([{}], self.documents[: self.looks[0]])
+        with self.model.exact():
+            self.model.prepare([{}], self.documents[: self.looks[0]])
         rows = []
         for index in range(self.looks[0]):
             with self.model.exact():
@@ -62,6 +66,7 @@ class Teacher:
         """The dense model's, on all documents; for an encoder this is not defined and 0 is returned."""
         if self.encoder:
             return 0.0
+        self.model.prepare([{}], self.documents)
         total = sum(float(_nll(self._dense(i), document).sum()) for i, document in enumerate(self.documents))
         tokens = sum(len(document) - 1 for document in self.documents)
         return math.exp(min(total / tokens, 700.0))

@@ -82,7 +82,7 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     result.plan.save(folder.path / "plan.json")
     if until == "verify":
         return result
-    if session.local and session.opened.checkpoint is not None:
+    if models.runs and session.opened.checkpoint is not None:
         _save_model(session, models, result.plan)
     if until == "apply":
         return result

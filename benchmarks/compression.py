@@ -105,6 +105,9 @@ class Stitched:
             module: Any = self.model.get_submodule(member.module)
             module.weight.data.copy_(part.t() if member.transposed else part)
 
+    def prepare(self, configurations: Sequence[Mapping[str, str]], documents: Sequence[torch.Tensor]) -> None:
+        """Nothing to do: all of it is in memory."""
+
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.model(document.unsqueeze(0)).logits[0])

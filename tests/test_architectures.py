@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import autotune
-from autotune import checkpoint, decide, finalists, planning, tables
+from autotune import checkpoint, decide, finalists, planning, streamed_score, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.kernels.spec import KERNELS
@@ -38,6 +38,8 @@ from autotune.search_space.schemes import scheme
 from autotune.search_space.space import SearchSpace
 from autotune.search_space.workload import parse
 from autotune.session import Session
+from autotune.streamed_reference import StreamedReference
+from autotune.streaming import Streamed
 from autotune.switchable import SwitchableModel, switchable
 from autotune.targets.detect import detect
 from autotune.teacher import Teacher
@@ -605,3 +607,16 @@ def _save(config: Any, auto: str, folder: Path) -> None:
     import transformers
 
     getattr(transformers, auto).from_config(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def test_block_by_block_from_disk_it_is_the_same_model(world: World) -> None:
+    assert world.models.database is not None
+    reference = world.models.reference
+    stream = Streamed(world.opened, torch.float32)
+    streamed = StreamedReference(stream, world.spec, world.models.database)
+    for configuration in ({}, world.configuration()):
+        for model in (reference, streamed):
+            model.select(configuration)
+        for document in world.documents[:2]:
+            assert torch.equal(streamed.outputs(document), reference.outputs(document))
+    assert streamed_score.score(streamed, world.space, world.documents, draws=2) == world.losses

@@ -17,7 +17,7 @@ from autotune.compress import database
 from autotune.kernels.reference import quantize_activations
 from autotune.model import load_mixed, load_model, load_tokenizer, open_model
 from autotune.reference_model import ReferenceModel
-from autotune.score import LossTable, _sums, _Tap, one_at_a_time, score
+from autotune.score import LossTable, Tap, group_sums, one_at_a_time, score
 from autotune.search_space.schemes import scheme
 from autotune.teacher import Teacher
 
@@ -227,7 +227,7 @@ def test_batches_and_caches_change_nothing(references, monkeypatch):
     model, space = references("llama")
     expected = score(model, space, tiny.tokens(5))
     monkeypatch.setattr("autotune.reference_model._CACHE_BYTES", 1)
-    monkeypatch.setattr("autotune.score._BATCH_BYTES", 1)
+    monkeypatch.setattr("autotune.score.BATCH_BYTES", 1)
     monkeypatch.setattr(ReferenceModel, "weight_bytes", 1)
     small, _ = references("llama")
     for row, other in zip(expected.rows, score(small, space, tiny.tokens(5)).rows, strict=True):
@@ -269,8 +269,8 @@ def test_a_score_is_the_squared_effect_of_the_change_on_the_gradient(references,
     for _ in range(2):
         x = torch.randn(9, group.in_features, generator=generator)
         gradients = [torch.randn(9, group.out_features, generator=generator) for _ in range(2)]
-        batch.append(_Tap({group.name: x}, {group.name: gradients}))
-    found = _sums(model, group, [name], batch)[name]
+        batch.append(Tap({group.name: x}, {group.name: gradients}))
+    found = group_sums(model, group, [name], batch)[name]
     form = scheme(name).activation
     for tap, value in zip(batch, found, strict=True):
         x = tap.inputs[group.name].double()

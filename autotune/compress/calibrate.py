@@ -9,7 +9,7 @@ token of its layer in a second pass: many inputs that are not quite its own tell
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ _CHECK_EVERY = 4
 # An expert hardly reached got fewer tokens than this times its inputs, for a Hessian (docs/measured.md), or for a mean.
 _FEW = {True: 2.0, False: 0.125}
 _PIECE_WEIGHTS = 2**22
+Run = Callable[[Any], object]  # shows the model one of the documents
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,23 @@ class InputStatistics:
 
 
 def input_statistics(
-    model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[torch.Tensor], hessians: bool = True
+    model: nn.Module,
+    groups: Sequence[LayerGroup],
+    documents: Sequence[Any],
+    hessians: bool = True,
+    run: Run | None = None,
 ) -> dict[str, InputStatistics]:
     """Part of a group (see `LayerGroup.parts`) -> its statistics, from one pass over the documents, two where an expert
-    is hardly reached; with Hessians 8 x in_features^2 bytes a part."""
+    is hardly reached; with Hessians 8 x in_features^2 bytes a part.
+
+    Args:
+        documents: token ids, each (positions,), or whatever `run` takes in their place.
+        run: shows one of them to the groups; by default a call of the model.
+    """
+    run = run or (lambda document: model(document.unsqueeze(0)))
     parts = [part for group in groups for part in group.parts]
     experts = {part.name for group in groups for part in group.parts if group.experts > 1}
-    found, fitted = _statistics(model, parts, documents, hessians)
+    found, fitted = _statistics(model, parts, documents, hessians, run)
     few = [
         part
         for part in parts
@@ -68,7 +79,7 @@ def input_statistics(
     if not few:
         return found
     with shown_all_tokens(model, [part.members[0].module for part in few]):
-        shown, _ = _statistics(model, few, documents, hessians)
+        shown, _ = _statistics(model, few, documents, hessians, run)
     for name, statistics in shown.items():
         note = f"the router sent it {fitted[name]} of the calibration tokens: compressed for all tokens of its layer"
         found[name] = replace(statistics, tokens=found[name].tokens, note=note)
@@ -76,22 +87,22 @@ def input_statistics(
 
 
 def _statistics(
-    model: nn.Module, parts: Sequence[LayerGroup], documents: Sequence[torch.Tensor], hessians: bool
+    model: nn.Module, parts: Sequence[LayerGroup], documents: Sequence[Any], hessians: bool, run: Run
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
     """Also the tokens that weights are fitted to."""
     if not hessians:
-        moments, rows = _means(model, parts, documents, diagonal=True)
+        moments, rows = _means(model, parts, documents, run, diagonal=True)
         return {name: InputStatistics(moment, tokens=rows[name]) for name, moment in moments.items()}, rows
     fit, check = _split(documents)
-    totals, rows = _means(model, parts, fit, diagonal=False)
-    checked, aside = _means(model, parts, check, diagonal=False)
+    totals, rows = _means(model, parts, fit, run, diagonal=False)
+    checked, aside = _means(model, parts, check, run, diagonal=False)
     found = {
         name: InputStatistics(total.diagonal(), total, checked[name], aside[name]) for name, total in totals.items()
     }
     return found, rows
 
 
-def _split(documents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _split(documents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """(to fit to, to judge by); the only document is both."""
     if len(documents) < _CHECK_EVERY:
         return list(documents[:-1] or documents), list(documents[-1:])
@@ -101,10 +112,11 @@ def _split(documents: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[
 
 @torch.inference_mode()
 def _means(
-    model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[torch.Tensor], diagonal: bool
+    model: nn.Module, groups: Sequence[LayerGroup], documents: Sequence[Any], run: Run, diagonal: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Group name -> mean over tokens of x x^T, or of its diagonal; and group name -> these tokens."""
-    device = next(model.parameters()).device
+    first: Any = model.get_submodule(groups[0].members[0].module)
+    device = first.weight.device  # what is outside of these groups may not be loaded
     shapes = {g.name: (g.in_features,) if diagonal else (g.in_features, g.in_features) for g in groups}
     sums = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
     rows = dict.fromkeys(sums, 0)
@@ -125,7 +137,7 @@ def _means(
     ]
     try:
         for document in documents:
-            model(document.unsqueeze(0))
+            run(document)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from autotune.compress import methods
 from autotune.compress.calibrate import InputStatistics, input_statistics
+from autotune.compress.visits import visits
 from autotune.errors import InputError
 from autotune.kernels.spec import GroupWeight
 from autotune.kernels.storage import pack, stored_rows, unpack
@@ -26,8 +28,9 @@ from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import Scheme, scheme
 from autotune.search_space.space import SearchSpace
 from autotune.store import digest, write_bytes
+from autotune.streaming import Streamed
 
-METHOD = "joint/1"  # part of every entry's name; change it whenever the codes would change
+METHOD = "joint/2"  # part of every entry's name; change it whenever the codes would change
 _STATISTICS_BYTES = 2**30  # of calibration held at a time
 
 
@@ -77,7 +80,7 @@ class WeightDatabase:
 
 
 def build(
-    model: nn.Module,
+    model: nn.Module | Streamed,
     spec: ModelSpec,
     space: SearchSpace,
     documents: Sequence[torch.Tensor],
@@ -88,6 +91,8 @@ def build(
     """Compress every usable entry of the space that is not there yet, group by group.
 
     Args:
+        model: held whole, or streamed: then at most a block's weights and statistics are in memory at a time, and the
+            entries are the same.
         documents: token ids to calibrate on, each (positions,); some are kept to judge methods by.
         method: one of `methods.METHODS`, or `methods.AUTO`.
     """
@@ -104,16 +109,34 @@ def build(
         name = entries[entry.group, entry.scheme] = f"{key[:32]}.safetensors"
         if not (folder / name).is_file():
             missing.setdefault(entry.group, {}).setdefault(name, item)
-    done = 0
-    for wave in _waves([group for group in spec.groups if group.name in missing]):
-        statistics = input_statistics(model, wave, documents, methods.takes_hessian(method))
-        for group in wave:
-            inputs = [statistics.pop(part.name) for part in group.parts]
-            _compress_group(model, group, inputs, missing[group.name], folder, method)
-            done += 1
-            if progress:
-                progress(done, len(missing))
+    if missing:
+        _fill(model, spec, documents, missing, folder, method, progress)
     return WeightDatabase(folder, entries)
+
+
+def _fill(
+    model: nn.Module | Streamed,
+    spec: ModelSpec,
+    documents: Sequence[torch.Tensor],
+    missing: Mapping[str, Mapping[str, Scheme]],
+    folder: Path,
+    method: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    done = 0
+    with closing(visits(model, spec, documents)) as found:
+        for visit in found:
+            for wave in _waves([group for group in visit.groups if group.name in missing]):
+                hessians = methods.takes_hessian(method)
+                statistics = input_statistics(visit.model, wave, visit.documents, hessians, visit.run)
+                for group in wave:
+                    inputs = [statistics.pop(part.name) for part in group.parts]
+                    _compress_group(visit.model, group, inputs, missing[group.name], folder, method)
+                    done += 1
+                    if progress:
+                        progress(done, len(missing))
+            if done == len(missing):
+                return
 
 
 def _waves(groups: Sequence[LayerGroup]) -> Iterator[list[LayerGroup]]:

@@ -52,7 +52,7 @@ class Offer:
 def offer(result: Result, models: Models) -> Offer | None:
     """The offer for a run that has reached its choice, or found nothing to choose; None where there is none."""
     session = result.session
-    if session.config.latency_only or session.opened.checkpoint is None:
+    if session.config.latency_only or session.opened.checkpoint is None or session.streams:  # training holds it whole
         return None
     found = _nearest(result) if result.chosen is None else _plan(result) or _faster(result)
     if found is None:

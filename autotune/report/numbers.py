@@ -159,7 +159,7 @@ def _plan(result: Result) -> dict[str, Any]:
             "certified": certificate.state,
             "statement": certificate.statement,
         }
-        if not result.session.local:
+        if result.end_to_end is None:
             value["statement"] += f"; in reference arithmetic, the kernels of {result.session.target.name} did not run"
     elif result.losses is not None:
         value |= {"certified": "not_certified", "statement": "not tested: a safer configuration failed certification"}
@@ -222,6 +222,9 @@ def _warnings(result: Result, predicted: dict[str, Any] | None) -> list[str]:
         warnings.append(
             f"latencies are estimated from the {session.target.ceilings.source} roofline of {session.target.name}"
         )
+    elif result.end_to_end is None:
+        what = "dense and packed weights together are larger than memory: nothing was run end to end"
+        warnings.append(f"{what}, latencies are sums of the kernels' own, and no compressed model was saved")
     if session.opened.checkpoint is None:
         warnings.append("no weights were given: random ones were timed, there is no compressed model to load")
     if result.end_to_end and result.end_to_end.noisy:
@@ -257,7 +260,7 @@ def _samples(result: Result, models: Models) -> dict[str, str] | None:
     """The same prompt continued by the dense and by the compressed model."""
     session = result.session
     tokenizer = load_tokenizer(session.opened.folder)
-    if not session.local or tokenizer is None or session.config.latency_only or _encoder(result):
+    if not models.runs or tokenizer is None or session.config.latency_only or _encoder(result):
         return None
     model = models.runnable
     assert model is not None
