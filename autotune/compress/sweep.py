@@ -12,7 +12,8 @@ order of inputs is free. Weights lie input by input here: an input of all rows i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from autotune.search_space.schemes import NumberFormat
 
 _BLOCK = 32  # inputs swept before their errors are carried to the rest by one product
 _LINE = 2**13  # rows swept together: a block of them stays in cache
+_NO_LIMIT = 3e38
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,69 @@ def _sweep_rows(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tens
         last = min(first + _BLOCK, inputs)
         block = slice(first, last)
         grids = [_grid(start, order[block], inputs) for start in starts]
-        scales = torch.cat([grid.scales for grid in grids], 1)  # (block, rows)
-        errors = torch.empty_like(scales)
-        for place in range(last - first):
-            here = first + place
-            line, scale = weight[here], scales[place]
-            level = torch.div(line, scale, out=levels[here])
-            for number, (start, grid) in enumerate(zip(starts, grids, strict=True)):
-                zeros = None if grid.zeros is None else grid.zeros[place]
-                round_to(level[number * rows : (number + 1) * rows], start.number, zeros)
-            if keep is not None:
-                level *= keep[here]
-            error = torch.addcmul(line, level, scale, value=-1, out=errors[place]).div_(float(upper[here, here]))
-            if place + 1 < last - first:
-                weight[here + 1 : last].addr_(upper[here, here + 1 : last], error, alpha=-1)
+        with _one_thread():
+            errors = _sweep_block(
+                starts, grids, weight[block], levels[block], upper[block, block], None if keep is None else keep[block]
+            )
         if last < inputs:
             weight[last:].addmm_(upper[block, last:].t(), errors, alpha=-1)
     unordered = torch.empty_like(levels)
     unordered[order] = levels
     return [piece.t().contiguous() for piece in unordered.split(rows, 1)]
+
+
+def _sweep_block(
+    starts: Sequence[Start],
+    grids: Sequence[Grid],
+    weight: torch.Tensor,
+    levels: torch.Tensor,
+    upper: torch.Tensor,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """Fill the levels of a block of inputs, (block, rows of all formats) as `weight` is; returns their errors."""
+    rows = len(starts[0].weight)
+    scales = torch.cat([grid.scales for grid in grids], 1)
+    low, high = _limits(starts, grids, keep)
+    diagonal = upper.diagonal().tolist()
+    errors = torch.empty_like(weight)
+    integers = all(start.number.kind == "int" for start in starts)
+    for place, (line, scale, level) in enumerate(zip(weight, scales, levels, strict=True)):
+        torch.div(line, scale, out=level)
+        if integers:
+            level.round_()
+        else:
+            for start, own in zip(starts, level.split(rows), strict=True):
+                own.round_() if start.number.kind == "int" else round_to(own, start.number)
+        torch.clamp(level, low[place], high[place], out=level)
+        error = torch.addcmul(line, level, scale, value=-1, out=errors[place]).div_(diagonal[place])
+        if place + 1 < len(weight):  # by addcmul: how addr rounds depends on where a line ends
+            weight[place + 1 :].addcmul_(upper[place, place + 1 :].unsqueeze(1), error, value=-1)
+    return errors
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lines stay in cache and take microseconds: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _limits(
+    starts: Sequence[Start], grids: Sequence[Grid], keep: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block, rows of all formats) each: the lowest and the highest level, both zero where pruned."""
+    lows, highs = [], []
+    for start, grid in zip(starts, grids, strict=True):
+        most = start.number.qmax if start.number.kind == "int" else _NO_LIMIT
+        high = torch.full_like(grid.scales, most)
+        lows.append(-high if grid.zeros is None else -high - 1 - grid.zeros.to(high.dtype))
+        highs.append(high if grid.zeros is None else high - grid.zeros.to(high.dtype))
+    low, high = torch.cat(lows, 1), torch.cat(highs, 1)
+    return (low, high) if keep is None else (low.mul_(keep), high.mul_(keep))
 
 
 def _keep(starts: Sequence[Start], order: torch.Tensor) -> torch.Tensor | None:
