@@ -16,8 +16,9 @@ demo: .venv/installed
 	$(BIN)/autotune tune examples/demo_model --out runs/demo --max-loss 0.2% --workload decode --trials 6 --set finalists=3 --set score_tokens=8192 --set certify_tokens=150000
 	@echo "report: runs/demo/report.html"
 
+# Two processes, a file of tests never in both: most wait for a single thread, and a file's fixtures are made once.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

@@ -250,7 +250,7 @@ def _install(
         own = entries[number * size : (number + 1) * size]
         part = weight if count == 1 else weight.part(slice(number * rows, (number + 1) * rows))
         group = FusedGroup(own[0].shape[1], [entry.shape[0] for entry in own])
-        group.add(weight.scheme, alternative(spec, load_kernel(spec).pack(part, dtype)))
+        group.add(weight.scheme, alternative(spec, weight.scheme, load_kernel(spec).pack(part, dtype)))
         install(model, [entry.module for entry in own], group)
 
 

@@ -171,7 +171,8 @@ def switchable(
             weight = _weight(model, group, entry.scheme, spec.dtype, opened.dtype, weights)
             for index, fused in enumerate(made):
                 own = weight if group.experts == 1 else weight.part(group.rows(index))
-                fused.add(entry.scheme, alternative(item, load_kernel(item).pack(own, opened.dtype)))
+                packed = load_kernel(item).pack(own, opened.dtype)
+                fused.add(entry.scheme, alternative(item, entry.scheme, packed))
         for part, fused in zip(group.parts, made, strict=True):
             install(model, [member.module for member in part.members], fused)
             groups[part.name] = fused

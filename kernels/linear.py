@@ -7,21 +7,20 @@ last one clears input and output. An input is recognised by identity and by its 
 have no counter, so there an in-place change of the input *between* two members of one group would be missed.
 
 A group holds alternatives under names and switches between them in place (`select`), so that configurations can be
-timed interleaved; the alternative `zeros` is always there and computes nothing. Packed weights are opaque: they are not
-part of the state dict.
+timed interleaved; the alternative `zeros` is always there and computes nothing. Packed weights are not part of the
+state dict. Under `torch.compile` and `torch.export` a group is one operator on them (`operator`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from autotune.errors import InputError, did_you_mean
+from autotune.kernels.operator import Operands, apply, operands, plain
 from autotune.kernels.spec import Packed, load
 from autotune.search_space.coverage import KernelSpec
 
@@ -33,17 +32,19 @@ class Alternative:
     """One way to compute a group: a kernel's `run` on its packed weights.
 
     `native`: addresses of its C function (packed, x, rows, y, threads) and of its `packed`; None where it has none.
+    `operands`: what a graph needs for the same; None where none will be made.
     """
 
     run: Callable[[Packed, torch.Tensor], torch.Tensor]
     packed: Packed
     native: tuple[int, int] | None = None
+    operands: Operands | None = None
 
 
-def alternative(spec: KernelSpec, packed: Packed) -> Alternative:
+def alternative(spec: KernelSpec, scheme: str, packed: Packed) -> Alternative:
     module = load(spec)
     native = getattr(module, "native", None)
-    return Alternative(module.run, packed, native(packed) if native else None)
+    return Alternative(module.run, packed, native(packed) if native else None, operands(spec, scheme, packed))
 
 
 class FusedGroup(nn.Module):
@@ -56,8 +57,6 @@ class FusedGroup(nn.Module):
         self.out_features = sum(self.sizes)
         self.active = ZEROS
         self._alternatives: dict[str, Alternative] = {}
-        self._handle = _next_handle()
-        _GROUPS[self._handle] = self
         self._pending = _Pending()
 
     def add(self, name: str, choice: Alternative) -> None:
@@ -105,9 +104,12 @@ class FusedGroup(nn.Module):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """All outputs: x (..., in) -> (..., out)."""
+        if self.active == ZEROS:
+            return x.new_zeros((*x.shape[:-1], self.out_features))
+        choice = self._alternatives[self.active]
         if torch.compiler.is_compiling():
-            return cast(torch.Tensor, torch.ops.autotune.run_group(x, self._handle, self.out_features))
-        return self._compute(x)
+            return self._as_operator(choice.operands, x)
+        return apply(choice.run, choice.packed, x)
 
     def member(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The outputs of one member: x (..., in) -> (..., sizes[index])."""
@@ -131,18 +133,22 @@ class FusedGroup(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, sizes={self.sizes}, active={self.active!r}"
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        if self.active == ZEROS:
-            return x.new_zeros((*x.shape[:-1], self.out_features))
+    def _as_operator(self, of: Operands | None, x: torch.Tensor) -> torch.Tensor:
+        if of is None:
+            raise InputError("kernel.operator", f"{self.active!r} is not for graphs.", "Make it with `alternative`.")
+        weights = of.weights
+        if weights[0] is None and self._uncover():
+            weights = (of.uncovered[0], *weights[1:])
+        y: torch.Tensor = torch.ops.autotune.linear(x, weights, of.kernel, of.scheme, self.out_features)
+        return y
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _uncover(self) -> bool:
+        """Keep a copy of the active kernel's opaque tensor that a graph can hold; never traced itself."""
         choice = self._alternatives[self.active]
-        packed = choice.packed
-        if x.dtype != packed.dtype or x.shape[-1] != self.in_features:
-            expected = f"(..., {self.in_features}) {packed.dtype}"
-            raise InputError("kernel.input", f"a group packed for {expected} was given {tuple(x.shape)} {x.dtype}.")
-        if x.dim() == 2 and x.is_contiguous():
-            return choice.run(packed, x)
-        y = choice.run(packed, x.reshape(-1, self.in_features).contiguous())
-        return y.view(*x.shape[:-1], self.out_features)
+        if choice.operands is not None and not choice.operands.uncovered:
+            choice.operands.uncovered.append(plain(choice.operands.kernel, choice.packed))
+        return True
 
 
 class _Pending:
@@ -188,21 +194,3 @@ def _version(x: torch.Tensor) -> int:
     if torch.compiler.is_compiling() or x.is_inference():
         return 0
     return x._version
-
-
-# torch.compile cannot look into opaque packed tensors: it sees one operator that finds its group by number.
-_GROUPS: WeakValueDictionary[int, FusedGroup] = WeakValueDictionary()
-
-
-def _next_handle() -> int:
-    return max(_GROUPS.keys(), default=-1) + 1
-
-
-@torch.library.custom_op("autotune::run_group", mutates_args=())
-def _run_group(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
-    return _GROUPS[handle]._compute(x)
-
-
-@_run_group.register_fake
-def _run_group_shape(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))

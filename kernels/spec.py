@@ -58,7 +58,26 @@ class Packed:
     data: Any  # tensors and constants that only the kernel understands
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a kernel must know of a group besides the tensors it packed."""
+
+    scheme: str
+    out_features: int
+    in_features: int
+    dtype: torch.dtype  # of activations in and out
+
+    def packed(self, data: Any, held: int = 0) -> Packed:
+        """`held`: bytes, all copies included; 0 where nobody counts them."""
+        return Packed(self.out_features, self.in_features, self.dtype, held, data)
+
+
 class KernelModule(Protocol):
+    """A kernel's file. In a graph its weights are tensors (`kernels.operator`): where `Packed.data` is not a plain
+    tuple of them (or None: no bias), the file has `tensors(packed)` to get one and `bind(tensors, form)` to go back, of
+    the same memory; where the first is opaque, `tensors` gives None for it and `plain(packed)` a copy that is not.
+    """
+
     def pack(self, weight: GroupWeight, dtype: torch.dtype) -> Packed:
         """Repack canonical weights once, at load time."""
         ...

@@ -11,10 +11,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="session")
+def _home(tmp_path_factory, pytestconfig):
+    """A folder of this session's, where compiled kernels are those of all sessions: their names hold what they are."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir()
+    if (cache := getattr(pytestconfig, "cache", None)) is not None:
+        (home / "kernels").symlink_to(cache.mkdir("kernels"), target_is_directory=True)
+    return home
+
+
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory, monkeypatch):
+def _own_home(_home, monkeypatch):
     """Measurements of tests never mix with the user's."""
-    monkeypatch.setenv("AUTOTUNE_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+    monkeypatch.setenv("AUTOTUNE_HOME", str(_home))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -145,11 +145,9 @@ def variant(name: str, folder: Path, flags: tuple[str, ...] | None, changes: Ite
     if name.startswith("amx_"):
         return emulated(name, flags or EMULATED, copies)
     module = _imported(copies / f"{name}.py")
-    if flags is None:
-        module.build = build
-    else:
+    if flags is not None:
         path = built(copies, name, flags)
-        module.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
+        module.linear.build = SimpleNamespace(library=lambda _name: ctypes.CDLL(str(path)), path=path)
     return module
 
 
@@ -176,7 +174,7 @@ def _avx2_specs() -> tuple[KernelSpec, ...]:
     limits = Limits(features=("cxx", "avx2", "fma"))
     for name in ("integer", "narrow"):
         module = _imported(build.FOLDER / f"{name}.py")
-        module.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
+        module.linear.build = SimpleNamespace(library=lambda name: ctypes.CDLL(str(build.build(name, AVX2))))
         sys.modules[f"{name}_avx2"] = module
         specs = [spec for spec in SPECS if short(spec) == name]
         made += [replace(spec, name=f"{spec.name}.avx2", module=f"{name}_avx2", limits=limits) for spec in specs]
@@ -197,9 +195,8 @@ def _emulated_specs() -> tuple[KernelSpec, ...]:
 
 def emulated(name: str, flags: tuple[str, ...], folder: Path = build.FOLDER) -> ModuleType:
     """An AMX module from `folder`, compiled under these flags when it first runs, its own memory of libraries."""
-    module, amx = _imported(folder / f"{name}.py"), _imported(folder / "amx.py")
-    amx.build = SimpleNamespace(library=lambda library: ctypes.CDLL(str(built(folder, library, flags))))
-    module._function = partial(amx.function, *module._function.args)
+    module = _imported(folder / f"{name}.py")
+    module.linear.build = SimpleNamespace(library=lambda library: ctypes.CDLL(str(built(folder, library, flags))))
     module.LEAST_ROWS = 0
     return module
 

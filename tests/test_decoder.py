@@ -93,7 +93,7 @@ def packed(name, dense, bias, dtype):
     if missing:
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     assert reference.canonical(weight) is not None if weight.codes is not None else True
-    return alternative(spec, load(spec).pack(weight, dtype))
+    return alternative(spec, name, load(spec).pack(weight, dtype))
 
 
 def steps(made):

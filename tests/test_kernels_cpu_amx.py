@@ -105,14 +105,11 @@ def test_a_system_without_tiles_says_so():
 
 
 def test_a_refusal_is_an_error_of_the_whole_kernel(monkeypatch):
-    monkeypatch.setattr(
-        amx, "build", SimpleNamespace(library=lambda _name: SimpleNamespace(autotune_amx_allowed=lambda: 95))
-    )
-    amx.function.cache_clear()
     for module, name in ((amx_integer, "w8a8-int8"), (amx_bf16, "bf16")):
+        refusing = SimpleNamespace(library=lambda _name: SimpleNamespace(autotune_amx_allowed=lambda: 95))
+        monkeypatch.setattr(module.linear, "build", refusing)
         with pytest.raises(DeviceError, match=r"kernel\.amx.*not supported.*Linux 5\.16"):
             module.pack(weight(name, 16, 32, torch.bfloat16), torch.bfloat16)
-    amx.function.cache_clear()
 
 
 def test_the_search_offers_tiles_where_there_are_some():

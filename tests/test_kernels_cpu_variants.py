@@ -155,7 +155,7 @@ def watched(tmp_path, tmp_path_factory):
             return _Watched(name, tmp_path / name, _packer(name), library)
         fewer = only(*wanted) if name == "integer" else []
         module = variant(name, tmp_path_factory.mktemp("sources"), (*SANITIZED, *flags), [*EXACT, *fewer])
-        return _Watched(name, tmp_path / name, module, module.build.path)
+        return _Watched(name, tmp_path / name, module, module.linear.build.path)
 
     return get
 

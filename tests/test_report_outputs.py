@@ -97,8 +97,10 @@ def _poison(value, key=""):
     return HOSTILE if isinstance(value, str) and key not in FIXED - {"name", "role"} else value
 
 
-def test_hostile_text_stays_text(report, tmp_path):
-    hostile = _poison(report)
+# Eighty layers hold no other texts than one layer does.
+@pytest.mark.parametrize("name", [name for name in sample.VARIANTS if name != "eighty_layers"])
+def test_hostile_text_stays_text(name, tmp_path):
+    hostile = _poison(sample.VARIANTS[name]())
     write_report(tmp_path, hostile)
     own = (tmp_path / "report.html").read_text().replace(get_plotlyjs(), "")
     tags = _Tags(own)

@@ -6,19 +6,20 @@ The layouts are described in `bf16.cpp`, which is compiled by `build` on first u
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from autotune.errors import DeviceError
-from autotune.kernels.cpu import build
+from autotune.kernels.cpu import call
 from autotune.kernels.cpu.memory import on_large_pages, padded_bias
 from autotune.kernels.packing import compress_24, positions_24
-from autotune.kernels.spec import GroupWeight, Packed, dense_of
+from autotune.kernels.spec import Form, GroupWeight, Packed, dense_of
 from autotune.search_space.schemes import scheme
 
 LANES, STEP = 16, 32  # outputs in a block, inputs in a step
+
+linear = call.NativeLinear("bf16", "autotune_bf16")
+run, native, tensors = linear.run, linear.native, call.tensors
 
 
 class _Linear(ctypes.Structure):
@@ -45,33 +46,13 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     sparse = scheme(weight.scheme).sparsity == "2:4"
     data = on_large_pages(_sparse(padded) if sparse else _dense(padded))
     bias = None if weight.bias is None else padded_bias(weight.bias, blocks * LANES)
-    pointer = None if bias is None else bias.data_ptr()
-    linear = _Linear(data.data_ptr(), pointer, out_features, in_features, steps * STEP, blocks, steps, sparse)
-    held = data.nbytes + (0 if bias is None else bias.nbytes)
-    return Packed(out_features, in_features, dtype, held, (ctypes.addressof(linear), linear, data, bias))
+    return bind((data, bias), Form(weight.scheme, out_features, in_features, dtype))
 
 
-def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    rows = x.shape[0]
-    y = torch.empty(rows, packed.out_features, dtype=packed.dtype)
-    if _function()(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads()):
-        raise DeviceError("kernel.memory", f"no memory for {rows} rows of {packed.in_features} inputs.", "Fewer rows.")
-    return y
-
-
-def native(packed: Packed) -> tuple[int, int]:
-    """Addresses of the C function and of the packed weights' description, for native code that calls it."""
-    address = ctypes.cast(_function(), ctypes.c_void_p).value
-    assert address is not None
-    return address, packed.data[0]
-
-
-@cache
-def _function() -> Any:
-    call = build.library("bf16").autotune_bf16
-    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-    call.restype = ctypes.c_int
-    return call
+def bind(held: Sequence[torch.Tensor | None], form: Form) -> Packed:
+    blocks, steps = -(-form.out_features // LANES), -(-form.in_features // STEP)
+    sparse = scheme(form.scheme).sparsity == "2:4"
+    return call.described(_Linear, held, form, steps * STEP, blocks, steps, sparse)
 
 
 def _dense(dense: torch.Tensor) -> torch.Tensor:

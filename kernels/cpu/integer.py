@@ -9,22 +9,24 @@ instructions instead of a conversion to floating point. Layouts and arithmetic a
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from autotune.errors import DeviceError, InputError
-from autotune.kernels.cpu import build
+from autotune.errors import InputError
+from autotune.kernels.cpu import call
 from autotune.kernels.cpu.memory import on_large_pages, padded_bias
 from autotune.kernels.packing import compress_24, positions_24
 from autotune.kernels.reference import canonical
-from autotune.kernels.spec import GroupWeight, Packed
+from autotune.kernels.spec import Form, GroupWeight, Packed
 from autotune.search_space.schemes import Scheme, scheme
 
 LANES, STEP = 16, 32  # outputs in a block, inputs in a step
 _MOST_INPUTS = 2**16  # 255 * 127 * inputs must stay within int32
 _FORMATS = {("dense", 8): 0, ("dense", 4): 1, ("2:4", 8): 2, ("2:4", 4): 3, ("dense", 3): 4, ("dense", 2): 5}
+
+linear = call.NativeLinear("integer", "autotune_linear")
+run, native, tensors = linear.run, linear.native, call.tensors
 
 
 class _Linear(ctypes.Structure):
@@ -66,45 +68,17 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
         _corrections(padded, lanes_first, item),
         None if weight.bias is None else padded_bias(weight.bias, blocks * LANES),
     ]
-    form = _FORMATS[item.sparsity, item.weight.bits]
+    return bind(held, Form(item.name, out_features, in_features, dtype))
+
+
+def bind(held: Sequence[torch.Tensor | None], form: Form) -> Packed:
+    item, half = scheme(form.scheme), form.dtype == torch.bfloat16
+    blocks, steps = -(-form.out_features // LANES), -(-form.in_features // STEP)
     size = item.weight.group_size
-    linear = _Linear(
-        *(None if tensor is None else tensor.data_ptr() for tensor in held),
-        out_features,
-        in_features,
-        steps * STEP,
-        blocks,
-        steps,
-        size // STEP if size else steps,
-        form,
-        1 if item.activation else 2 if dtype == torch.bfloat16 else 3,
-        dtype == torch.bfloat16,
-    )
-    total = sum(tensor.nbytes for tensor in held if tensor is not None)
-    return Packed(out_features, in_features, dtype, total, (ctypes.addressof(linear), linear, held))
-
-
-def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    rows = x.shape[0]
-    y = torch.empty(rows, packed.out_features, dtype=packed.dtype)
-    if _function()(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads()):
-        raise DeviceError("kernel.memory", f"no memory for {rows} rows of {packed.in_features} inputs.", "Fewer rows.")
-    return y
-
-
-def native(packed: Packed) -> tuple[int, int]:
-    """Addresses of the C function and of the packed weights' description, for native code that calls it."""
-    address = ctypes.cast(_function(), ctypes.c_void_p).value
-    assert address is not None
-    return address, packed.data[0]
-
-
-@cache
-def _function() -> Any:
-    call = build.library("integer").autotune_linear
-    call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-    call.restype = ctypes.c_int
-    return call
+    planes = 1 if item.activation else 2 if half else 3
+    number = _FORMATS[item.sparsity, item.weight.bits]
+    in_group = size // STEP if size else steps
+    return call.described(_Linear, held, form, steps * STEP, blocks, steps, in_group, number, planes, half)
 
 
 def _layout(codes: torch.Tensor, item: Scheme) -> torch.Tensor:

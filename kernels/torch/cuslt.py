@@ -15,7 +15,6 @@ import torch
 from autotune.kernels.reference import canonical
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.torch.cuda_activations import FP8, INT8, quantize, rescale
-from autotune.search_space.schemes import scheme
 
 _LEAST_ROWS = 32
 _DEFAULT = (0, 1, -1)  # alg_id, split_k, split_k_mode: what the operator takes when it is told nothing
@@ -29,18 +28,16 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     alpha = None if channel_scales is None else channel_scales.flatten().contiguous().to(device)
     bias = None if weight.bias is None else weight.bias.to(device, dtype)
     held = sum(part.nbytes for part in (compressed, alpha, bias) if part is not None)
-    activation = scheme(weight.scheme).activation
-    kind = "none" if activation is None else activation.kind
-    return Packed(values.shape[0], values.shape[1], dtype, held, (kind, compressed, alpha, bias))
+    return Packed(values.shape[0], values.shape[1], dtype, held, (compressed, alpha, bias))
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    kind, compressed, alpha, bias = packed.data
-    if kind == "none":
+    compressed, alpha, bias = packed.data
+    if alpha is None:
         rows = _padded(x.shape[0], 8)
         padded = x if rows == x.shape[0] else torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]))
         return _multiply(compressed, padded.t(), bias, None, None)[: x.shape[0]]
-    codes, scales = quantize(x, INT8 if kind == "int" else FP8, _padded(x.shape[0], 16))
+    codes, scales = quantize(x, INT8 if compressed.dtype == torch.int8 else FP8, _padded(x.shape[0], 16))
     # bf16 is the widest output int8 offers besides int32, which alpha cannot scale; the row scale is a second rounding.
     y = _multiply(compressed, codes.t(), None, alpha, torch.bfloat16)
     return rescale(y, scales, None, bias)

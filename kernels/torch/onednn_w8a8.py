@@ -8,6 +8,7 @@ multiplies pairs in saturating 16 bits, which is wrong for full-range codes: hen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 from autotune.errors import InputError
 from autotune.kernels.reference import SMALLEST_AMAX, canonical
-from autotune.kernels.spec import GroupWeight, Packed
+from autotune.kernels.reordered import kept
+from autotune.kernels.spec import Form, GroupWeight, Packed
 
 _PLAIN: tuple[Any, ...] = ("none", [], "")  # no activation function after the multiply
 _MOST_INPUTS = 2**16  # 255 * 127 * inputs must stay within int32
@@ -27,12 +29,27 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     if in_features > _MOST_INPUTS:
         message = f"{in_features} inputs could overflow the 32-bit sums of w8a8-int8."
         raise InputError("kernel.limit", message, f"Up to {_MOST_INPUTS} are safe.")
-    reordered = torch.ops.onednn.qlinear_prepack(codes, None)
     channel_scales = scales.flatten().contiguous()
-    zero_points = torch.zeros(out_features, dtype=torch.int64)
     bias = None if weight.bias is None else weight.bias.float()
     held = codes.nbytes + channel_scales.nbytes + (0 if bias is None else bias.nbytes)
-    return Packed(out_features, in_features, dtype, held, (reordered, channel_scales, zero_points, bias))
+    form = Form(weight.scheme, out_features, in_features, dtype)
+    return form.packed(_data(_reordered(codes), channel_scales, bias), held)
+
+
+def tensors(packed: Packed) -> tuple[torch.Tensor | None, ...]:
+    _, channel_scales, _, bias = packed.data
+    return None, channel_scales, bias
+
+
+def plain(packed: Packed) -> torch.Tensor:
+    """The codes (out, in) as they were before oneDNN reordered them."""
+    codes: torch.Tensor = packed.data[0].to_dense().t().contiguous()
+    return codes
+
+
+def bind(held: Sequence[torch.Tensor | None], form: Form) -> Packed:
+    codes, channel_scales, bias = held
+    return form.packed(_data(kept(codes, _reordered), channel_scales, bias))
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
@@ -48,6 +65,16 @@ def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     )
     y = y.mul_(scales) if bias is None else torch.addcmul(bias, y, scales, out=y)
     return y.to(packed.dtype)
+
+
+def _reordered(codes: torch.Tensor) -> torch.Tensor:
+    opaque: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+    return opaque
+
+
+def _data(reordered: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    assert scales is not None
+    return reordered, scales, torch.zeros(len(scales), dtype=torch.int64), bias
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

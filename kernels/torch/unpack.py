@@ -8,7 +8,7 @@ of two and a plane of one. Codes of tables lie two to a byte and are looked up i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,11 @@ from autotune.kernels import formats, patterns, storage
 from autotune.kernels.packing import movable, pack_codes
 from autotune.kernels.reference import canonical, quantize_activations
 from autotune.kernels.scratch import scratch
-from autotune.kernels.spec import GroupWeight, Packed
+from autotune.kernels.spec import Form, GroupWeight, Packed
 from autotune.search_space.schemes import Scheme, scheme, survivors
 
 _CHUNK_WEIGHTS = 2**18
+_GRID = ("scales", "zeros", "unit")
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
 
 
@@ -45,12 +46,24 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
         values = movable(values)[kept].view(values.dtype).view(out_features, -1)
     if weight.codes is not None:
         stored = storage.pack(weight)
-        grid = {name: stored[name] for name in ("scales", "zeros", "unit") if name in stored}
+        grid = {name: stored[name] for name in _GRID if name in stored}
         values = _pack_values(values, item)
     bias = None if weight.bias is None else weight.bias.to(dtype)
     parts = [values, mask, bias, *grid.values()]
     held = sum(part.nbytes for part in parts if part is not None)
     return Packed(out_features, in_features, dtype, held, _Stored(item, values, mask, grid, bias))
+
+
+def tensors(packed: Packed) -> tuple[torch.Tensor | None, ...]:
+    held: _Stored = packed.data
+    return (held.values, held.mask, held.bias, *(held.grid.get(name) for name in _GRID))
+
+
+def bind(held: Sequence[torch.Tensor | None], form: Form) -> Packed:
+    values, mask, bias, *parts = held
+    assert values is not None
+    grid = {name: part for name, part in zip(_GRID, parts, strict=True) if part is not None}
+    return form.packed(_Stored(scheme(form.scheme), values, mask, grid, bias))
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:

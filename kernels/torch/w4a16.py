@@ -9,6 +9,7 @@ a scratch buffer and multiplied densely, so one stored copy serves both routes. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from autotune.errors import DeviceError
 from autotune.kernels.reference import canonical
 from autotune.kernels.scratch import scratch
-from autotune.kernels.spec import GroupWeight, Packed
+from autotune.kernels.spec import Form, GroupWeight, Packed
 
 _DENSE_ROWS = 64  # measured: the operator costs as much as unpacking and multiplying at 50 to 90 rows
 _PADDING = 64  # a multiple of every block size
@@ -37,6 +38,20 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     bias = None if weight.bias is None else weight.bias.to(dtype)
     held = nibbles.nbytes + scales_zeros.nbytes + (0 if bias is None else bias.nbytes)
     return Packed(out_features, in_features, dtype, held, (nibbles, scales_zeros, bias))
+
+
+def tensors(packed: Packed) -> tuple[torch.Tensor | None, ...]:
+    return (*packed.data, torch.tensor([_block()]))
+
+
+def bind(held: Sequence[torch.Tensor | None], form: Form) -> Packed:
+    """Raises: DeviceError `kernel.layout` where the weights were packed for another kind of CPU."""
+    *data, block = held
+    assert block is not None
+    if int(block) != _block():
+        message = f"these int4 weights lie in blocks of {int(block)}, and torch reads blocks of {_block()} on this CPU."
+        raise DeviceError("kernel.layout", message, "Export the model again on this kind of CPU.")
+    return form.packed(tuple(data))
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:

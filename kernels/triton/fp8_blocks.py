@@ -15,7 +15,7 @@ import triton.language as tl
 from autotune.kernels.reference import canonical
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.activations import quantize_groups
-from autotune.kernels.triton.launch import INTERPRETED, Config, held_bytes, home, pick, product
+from autotune.kernels.triton.launch import INTERPRETED, Config, multiply_tiles, pack_plain, product
 from autotune.search_space.schemes import NumberFormat
 
 BLOCK = 128  # of outputs and of inputs that share a scale
@@ -84,30 +84,12 @@ def multiply_kernel(
 
 def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     codes, scales = canonical(weight)
-    device = home()
-    held = codes.contiguous().to(device)
-    blocks = scales[::BLOCK].contiguous().to(device)
-    bias = None if weight.bias is None else weight.bias.to(device, dtype)
-    return Packed(codes.shape[0], codes.shape[1], dtype, held_bytes(held, blocks, bias), (held, blocks, bias))
+    return pack_plain(weight, codes, scales[::BLOCK], dtype)
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    w, blocks, bias = packed.data
-    rows, inputs, outputs = x.shape[0], packed.in_features, packed.out_features
     codes, scales = quantize_groups(x, _FP8)
-    y = torch.empty(rows, outputs, dtype=packed.dtype, device=x.device)
-
-    def launch(config: Config) -> None:
-        grid = (triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.outputs),)
-        multiply_kernel[grid](
-            codes, w, scales, blocks, blocks if bias is None else bias, y, rows, outputs, inputs,
-            BIASED=bias is not None, BM=config.rows, BN=config.outputs, BK=config.steps, WIDE=INTERPRETED,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-
-    bucket = triton.next_power_of_2(rows)
-    launch(pick(("fp8_blocks", outputs, inputs, bucket, x.device), configs(rows), launch))
-    return y
+    return multiply_tiles(multiply_kernel, codes, scales, packed, configs(x.shape[0]), WIDE=INTERPRETED)
 
 
 def configs(rows: int) -> tuple[Config, ...]:

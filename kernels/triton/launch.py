@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from autotune.kernels.scratch import scratch
-from autotune.kernels.spec import Packed
+from autotune.kernels.spec import GroupWeight, Packed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_FUSED_ROWS = 64  # beyond, weight-only kernels unpack to a scratch matrix and leave the product to cuBLAS
@@ -246,6 +246,46 @@ def multiply(
     kind = (functions[0], weights[0].dtype, *sorted(constants.items()))
     key = (*kind, outputs, count, 1 if rows == 1 else tile_rows(rows), x.device)
     return launch(pick(key, splits_that_fit(configs, count), launch))
+
+
+def multiply_tiles(
+    function: Any,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    packed: Packed,
+    configs: Sequence[Config],
+    **constants: object,
+) -> torch.Tensor:
+    """x W^T + b of quantized activations in one product, for any number of rows, in the fastest configuration.
+
+    Args:
+        function: takes (codes, weights, scales of activations, scales of weights, bias, y, rows, outputs, inputs).
+        packed: of `pack_plain`'s kind: codes (out, in), their scales, the bias.
+        constants: what the function wants besides tiles.
+    """
+    weights, own, bias = packed.data
+    rows, inputs, outputs = codes.shape[0], packed.in_features, packed.out_features
+    y = torch.empty(rows, outputs, dtype=packed.dtype, device=codes.device)
+
+    def launch(config: Config) -> None:
+        grid = (triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.outputs),)
+        function[grid](
+            codes, weights, scales, own, own if bias is None else bias, y, rows, outputs, inputs,
+            BIASED=bias is not None, BM=config.rows, BN=config.outputs, BK=config.steps,
+            num_warps=config.warps, num_stages=config.stages, **constants,
+        )  # fmt: skip
+
+    key = (function, outputs, inputs, triton.next_power_of_2(rows), codes.device)
+    launch(pick(key, configs, launch))
+    return y
+
+
+def pack_plain(weight: GroupWeight, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Packed:
+    """Codes (out, in) as they are, scales as given, and the bias: on the device."""
+    device = home()
+    held, own = codes.contiguous().to(device), scales.contiguous().to(device)
+    bias = None if weight.bias is None else weight.bias.to(device, dtype)
+    return Packed(codes.shape[0], codes.shape[1], dtype, held_bytes(held, own, bias), (held, own, bias))
 
 
 def through_dense(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -169,7 +169,7 @@ def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     held = scales.t().contiguous().to(device, torch.bfloat16)  # exact: canonical scales have 8 significant bits
     bias = None if weight.bias is None else weight.bias.to(device, dtype)
     size = held_bytes(words, held, bias)
-    return Packed(codes.shape[0], codes.shape[1], dtype, size, (words, held, bias, eighth))
+    return Packed(codes.shape[0], codes.shape[1], dtype, size, (words, held, bias))
 
 
 def nibbles_of(codes: torch.Tensor, eighth: int) -> torch.Tensor:
@@ -183,7 +183,8 @@ def nibbles_of(codes: torch.Tensor, eighth: int) -> torch.Tensor:
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    words, scales, bias, eighth = packed.data
+    words, scales, bias = packed.data
+    eighth = words.shape[0] // scales.shape[0]
     if x.shape[0] > MOST_FUSED_ROWS:
         return through_dense(x, unpacked(packed), bias)
     kinds, chosen = (one_row_kernel, few_rows_kernel), configs(x.shape[0])
@@ -196,7 +197,8 @@ def configs(rows: int) -> tuple[Config, ...]:
 
 def unpacked(packed: Packed) -> torch.Tensor:
     """W^T (in, out) in the scratch buffer."""
-    words, scales, _, eighth = packed.data
+    words, scales, _ = packed.data
+    eighth = words.shape[0] // scales.shape[0]
     dense = transposed_scratch(packed, words.device)
     grid = (words.shape[0], triton.cdiv(packed.out_features, UNPACK_BLOCK))
     unpack_kernel[grid](words, scales, dense, packed.out_features, EIGHTH=eighth, BLOCK=UNPACK_BLOCK)

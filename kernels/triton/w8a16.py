@@ -18,9 +18,8 @@ from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.launch import (
     MOST_FUSED_ROWS,
     Config,
-    held_bytes,
-    home,
     multiply,
+    pack_plain,
     product,
     store_row,
     store_tile,
@@ -130,11 +129,7 @@ def unpack_kernel(
 
 def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     codes, scales = canonical(weight)
-    device = home()
-    held = codes.contiguous().to(device)
-    channels = scales.flatten().contiguous().to(device)
-    bias = None if weight.bias is None else weight.bias.to(device, dtype)
-    return Packed(codes.shape[0], codes.shape[1], dtype, held_bytes(held, channels, bias), (held, channels, bias))
+    return pack_plain(weight, codes, scales.flatten(), dtype)
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from autotune.kernels.reference import canonical
 from autotune.kernels.spec import GroupWeight, Packed
 from autotune.kernels.triton.activations import quantize
-from autotune.kernels.triton.launch import Config, held_bytes, home, pick
+from autotune.kernels.triton.launch import Config, multiply_tiles, pack_plain
 from autotune.search_space.schemes import NumberFormat
 
 _INT8 = NumberFormat("int", 8)
@@ -82,30 +82,12 @@ def multiply_kernel(
 
 def pack(weight: GroupWeight, dtype: torch.dtype) -> Packed:
     codes, scales = canonical(weight)
-    device = home()
-    held = codes.contiguous().to(device)
-    channels = scales.flatten().contiguous().to(device)
-    bias = None if weight.bias is None else weight.bias.to(device, dtype)
-    return Packed(codes.shape[0], codes.shape[1], dtype, held_bytes(held, channels, bias), (held, channels, bias))
+    return pack_plain(weight, codes, scales.flatten(), dtype)
 
 
 def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    w, channels, bias = packed.data
-    rows, inputs, outputs = x.shape[0], packed.in_features, packed.out_features
     codes, scales = quantize(x, _INT8)
-    y = torch.empty(rows, outputs, dtype=packed.dtype, device=x.device)
-
-    def launch(config: Config) -> None:
-        grid = (triton.cdiv(rows, config.rows) * triton.cdiv(outputs, config.outputs),)
-        multiply_kernel[grid](
-            codes, w, scales, channels, channels if bias is None else bias, y, rows, outputs, inputs,
-            BIASED=bias is not None, BM=config.rows, BN=config.outputs, BK=config.steps,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-
-    bucket = triton.next_power_of_2(rows)
-    launch(pick(("w8a8", outputs, inputs, bucket, x.device), configs(rows), launch))
-    return y
+    return multiply_tiles(multiply_kernel, codes, scales, packed, configs(x.shape[0]))
 
 
 def configs(rows: int) -> tuple[Config, ...]:
