@@ -34,6 +34,7 @@ class RunConfig(BaseModel):
     minutes: float | None = Field(default=None, gt=0)
     fast: bool = False
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
+    recompress: bool = True  # finalists, for the inputs they really get; not given, not where no Hessian is taken
     latency_only: bool = False
 
     # How much is measured. The defaults fit models of up to 30M parameters; where a larger one is tuned and a size was

@@ -155,6 +155,15 @@ class Recovery(_Strict):
     weights: str  # sha256 over the codes of the groups, in their order
 
 
+class Recompression(_Strict):
+    """Compression once more, for the inputs that groups get in this configuration: groups whose codes are not those of
+    the database. Predicted losses are of the codes before; `search_kl_nats` is of these."""
+
+    method: str
+    groups: tuple[str, ...]
+    weights: str  # sha256 over the codes of the groups, in their order
+
+
 class Plan(_Strict):
     schema_version: int = SCHEMA_VERSION
     generator: str
@@ -171,12 +180,14 @@ class Plan(_Strict):
     prediction: Prediction
     provenance: Provenance
     recovery: Recovery | None = Field(default=None, description="None: compressed only, and then not written")
+    recompression: Recompression | None = Field(default=None, description="None: as the database has it; not written")
 
     @model_serializer(mode="wrap")
-    def _without_empty_recovery(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_was_not_done(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        if values["recovery"] is None:  # plans made before it was known keep their digest
-            del values["recovery"]
+        for name in ("recovery", "recompression"):
+            if values[name] is None:  # plans made before it was known keep their digest
+                del values[name]
         return values
 
     @property

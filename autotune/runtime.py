@@ -177,7 +177,8 @@ def _plan_and_weights(plan: Plan | Path | str, weights: Path | str | None) -> tu
         candidates = [Path(weights), Path(weights) / "model"]
     for folder in candidates:
         if (folder / WEIGHTS).is_file():
-            if Plan.load(folder / "plan.json").configuration != loaded.configuration:
+            held = Plan.load(folder / "plan.json")
+            if (held.configuration, held.recompression) != (loaded.configuration, loaded.recompression):
                 hint = "Run `autotune apply RUN` for this plan first."
                 raise InputError("apply.weights", f"{folder} holds another plan's weights.", hint)
             return folder, loaded
@@ -277,8 +278,8 @@ def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeigh
         error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
         item = scheme(plan.configuration[entry.group])
         bound = 0.9 if item.sparsity != "dense" or item.weight.bits < 4 else 0.35
-        if plan.recovery is not None and entry.group in plan.recovery.groups:
-            bound = 1.2  # training moves weights further than rounding does
+        if any(made is not None and entry.group in made.groups for made in (plan.recovery, plan.recompression)):
+            bound = 1.2  # training, or making up for earlier groups, moves weights further than rounding does
         if not error <= bound:
             what = f"{entry.tensor} differs from the plan's weights by {error:.0%}"
             raise InputError("plan.model_mismatch", f"the plan is for another checkpoint: {what}.", "Search again.")

@@ -33,7 +33,7 @@ LAYERS = (
     ("attention", "decoder", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
     ("memory_budget",),
-    ("tables", "finalists", "decide", "result", "planning", "finished"),
+    ("tables", "finalists", "decide", "recompress", "result", "planning", "finished"),
     ("recover",),
     ("export", "report"),
     (

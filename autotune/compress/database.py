@@ -33,7 +33,7 @@ _STATISTICS_BYTES = 2**30  # of calibration held at a time
 
 @dataclass(frozen=True)
 class WeightDatabase:
-    """`entries`: (group, scheme) -> file name."""
+    """`entries`: (group, scheme) -> file name; beside them (group, `own_name`) where a configuration has its own."""
 
     folder: Path
     entries: dict[tuple[str, str], str]
@@ -46,7 +46,7 @@ class WeightDatabase:
 
         if (group.name, name) not in self.entries:
             raise InputError("database.missing", f"{group.name} was not compressed as {name}.", "Run compress again.")
-        item = scheme(name)
+        item = scheme(scheme_of(name))
         with safe_open(self.folder / self.entries[group.name, name], framework="pt") as file:
             start, stop, _ = rows.indices(group.out_features)
             wanted = {key: stored_rows(item, key, start, stop) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -74,6 +74,16 @@ class WeightDatabase:
     @property
     def bytes(self) -> int:
         return sum((self.folder / name).stat().st_size for name in set(self.entries.values()))
+
+
+def own_name(scheme: str, file: str) -> str:
+    """What an entry is called that belongs to one configuration: SCHEME@ and the start of its file's name, a hash."""
+    return f"{scheme}@{file[:12]}"
+
+
+def scheme_of(name: str) -> str:
+    """The scheme of an entry, its own or one for all."""
+    return name.partition("@")[0]
 
 
 def build(

@@ -122,7 +122,25 @@ def run_tables(report: Report) -> Html:
     )
     stages = tag("div", tag("h3", "Time taken"), table((), rows, numbers=(1,)), tag("p", search, class_="note"))
     versions = tag("div", tag("h3", "Versions"), table((), report["versions"].items()))
-    return tag("div", stages, versions, _calibration(report), class_="columns")
+    return tag("div", stages, versions, _calibration(report), _recompression(report), class_="columns")
+
+
+def _recompression(report: Report) -> Html:
+    made = report.get("recompression")
+    if not made:
+        return Html("")
+    rows = [
+        (row["name"], row["groups"], words.nats(row["kl_nats_before"]), words.nats(row["kl_nats_after"]), _taken(row))
+        for row in made["finalists"]
+    ]
+    head = ("finalist", "groups", "loss before", "after", "taken")
+    note = f"Finalists were compressed once more, {made['method']}; the lower loss on the search documents is taken."
+    drawn = table(head, rows, numbers=(1, 2, 3))
+    return tag("div", tag("h3", "Compressed again"), drawn, tag("p", note, class_="note"))
+
+
+def _taken(row: Mapping[str, Any]) -> str:
+    return "after" if row["taken"] else "before"
 
 
 def _calibration(report: Report) -> Html:
