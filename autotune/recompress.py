@@ -15,6 +15,7 @@ from autotune.compress import methods
 from autotune.compress.database import WeightDatabase
 from autotune.compress.sequential import METHOD, VERSION, Recompression, Settings, own_entries
 from autotune.decide import configuration
+from autotune.documents import MAX_DOCUMENT_TOKENS, take
 from autotune.finalists import OwnWeights, Point
 from autotune.models import Models
 from autotune.search.codec import decode_evaluation, encode_evaluation
@@ -24,6 +25,7 @@ from autotune.store import digest, read_json
 
 Made = dict[str, OwnWeights]  # configuration, as `_name` has it -> its weights
 
+TOKENS = 8_192  # of the calibration documents: each group of each finalist costs a pass (docs/measured.md)
 _STAGE = "recompress"
 
 
@@ -64,8 +66,9 @@ def _make(session: Session, problem: Problem, points: Sequence[Point], models: M
     session.report(_STAGE, 0, 1)
     weights = models.weights
     assert weights is not None
-    documents, steps = session.calibration_documents, session.progress(_STAGE)
-    renewed = Recompression(models.reference, weights, documents, Settings(_method(session)), steps)
+    documents = take(session.documents.calibration, _tokens(session), MAX_DOCUMENT_TOKENS)
+    settings, steps = Settings(_method(session)), session.progress(_STAGE)
+    renewed = Recompression(models.reference, weights, session.place.put(documents), settings, steps)
     wanted = {
         _name(chosen): chosen
         for chosen in (configuration(problem, p.candidate.genotype) for p in points if p.finalist)
@@ -84,6 +87,10 @@ def _make(session: Session, problem: Problem, points: Sequence[Point], models: M
     return made
 
 
+def _tokens(session: Session) -> int:
+    return min(TOKENS, session.config.calibration_tokens)
+
+
 def _method(session: Session) -> str:
     """The run's own; where that takes no Hessian and recompression was asked for, the best of those that do."""
     name = session.config.compression
@@ -94,7 +101,7 @@ def _inputs(session: Session, problem: Problem, points: Sequence[Point], databas
     config = session.config
     chosen = [configuration(problem, point.candidate.genotype) for point in points if point.finalist]
     files = [[database.entries.get(item) for item in one.items()] for one in chosen]
-    settings = [VERSION, _method(session), config.calibration_tokens, config.search_tokens, config.search_length]
+    settings = [VERSION, _method(session), _tokens(session), config.search_tokens, config.search_length]
     return [settings, session.spec.model_hash, session.documents.digest, chosen, files]
 
 

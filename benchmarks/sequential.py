@@ -5,8 +5,9 @@
 
 MODEL is a folder (default: the demo model). Every scheme is put everywhere it is legal, once as the database has it,
 from the dense model's inputs, and once for every `--towards`: compressed again block by block, aiming at the dense
-layers' outputs with that much damping, or with `none` at the given weights' own. Activations are quantized as the
-scheme says. Losses are measured in fp32 on certification documents, against the dense model.
+layers' outputs with that much damping, or with `none` at the given weights' own; on as many calibration tokens as the
+product takes for that. Activations are quantized as the scheme says. Losses are measured in fp32 on certification
+documents, against the dense model.
 
 Written by `--json` (a list), one object a scheme and way:
     scheme, way     "stitched" or the damping
@@ -36,6 +37,7 @@ from autotune.compress.sequential import Recompression, Settings
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.spec import KERNELS
 from autotune.model import load_model, load_tokenizer, open_model
+from autotune.recompress import TOKENS
 from autotune.reference_model import ReferenceModel
 from autotune.search.problem import Evaluation
 from autotune.search_space import space
@@ -74,6 +76,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     opened, tokenizer = open_model(str(arguments.model)), load_tokenizer(arguments.model)
     source = texts.read(arguments.data, tokenizer, opened.vocabulary, opened.positions)
     calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
+    few = texts.take(source.calibration, min(arguments.calibration, TOKENS), texts.MAX_DOCUMENT_TOKENS)
     held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
     searched = texts.take(source.search, 8_192, 256)
     dense = load_model(opened, torch.float32)
@@ -91,7 +94,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
         for way in arguments.towards:
             settings = Settings(towards=None if way == "none" else float(way))
             start = time.perf_counter()
-            renewed = Recompression(model, made, calibration, settings)
+            renewed = Recompression(model, made, few, settings)
             if not renewed.possible():
                 raise SystemExit(f"{opened.spec.architecture} cannot be run block by block")
             files = renewed.run({name: chosen})[name]

@@ -62,12 +62,11 @@ class Settings:
 
 @dataclass
 class _Branch:
-    """Configurations that have agreed so far: `entries` (group -> entry that runs), and the states after these."""
+    """Configurations that have agreed so far, on what `key` is a hash of; `states` are those after it."""
 
     names: tuple[str, ...]
     key: str
     states: list[torch.Tensor]
-    entries: dict[str, str] = field(default_factory=dict)
     files: Files = field(default_factory=dict)
     compressed: bool = False  # anything, so that inputs are no longer the dense model's
 
@@ -131,8 +130,7 @@ class Recompression:
             for branch in branches:
                 for names in _agreeing(branch.names, groups, configurations):
                     chosen = configurations[names[0]]
-                    own = _Branch(names, branch.key, branch.states, dict(branch.entries), dict(branch.files))
-                    own.compressed = branch.compressed
+                    own = _Branch(names, branch.key, branch.states, dict(branch.files), branch.compressed)
                     grown.append(self._block(own, number, chosen, inputs, dense))
             branches = grown
             if self.progress:
@@ -174,18 +172,16 @@ class Recompression:
             branch.key = digest([branch.key, group.name, name, self.database.entries.get((group.name, name))])
             if scheme(name).is_dense:
                 continue
-            here[group.name] = name
+            entry = name
             if branch.compressed and group.experts == 1:
                 file = f"{branch.key[:32]}.safetensors"
-                entry = own_name(name, file)
                 if not (self.database.folder / file).is_file():
-                    del here[group.name]
                     self.model.select(here)
                     self._compress(branch, number, group, name, inputs.get(group.name), file)
+                entry = own_name(name, file)
                 self.database.entries[group.name, entry] = branch.files[group.name] = file
-                here[group.name] = entry
+            here[group.name] = entry
             branch.compressed = True
-        branch.entries |= here
         if not branch.compressed:
             branch.states = dense
         elif number < len(self.walk.blocks):
