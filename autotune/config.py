@@ -35,6 +35,7 @@ class RunConfig(BaseModel):
     fast: bool = False
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
     recompress: bool = True  # finalists, for the inputs they really get; not given, not where no Hessian is taken
+    smoothing: str = "auto"  # of inputs, before compression: off, awq, smoothquant, or either where it helps
     latency_only: bool = False
 
     # How much is measured. The defaults fit models of up to 30M parameters; where a larger one is tuned and a size was

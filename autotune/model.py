@@ -6,7 +6,7 @@ come from the checkpoint's headers. No code from a checkpoint is ever run: archi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,10 @@ from autotune import checkpoint
 from autotune.checkpoint import Checkpoint
 from autotune.errors import InputError
 from autotune.experts import holds_experts, merged_shapes, routers, split_experts, stored_names
+from autotune.folding import Fold, fold
 from autotune.grouping import group_linears, in_pooler, is_linear, linear_of
 from autotune.search_space.groups import KeptTensor, LayerGroup, ModelSpec, Task
+from autotune.store import digest
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUTER = "router: it decides which experts a token takes, and has few weights"
@@ -33,6 +35,12 @@ class OpenModel:
     checkpoint: Checkpoint | None
     vocabulary: int  # token ids are below this
     positions: int  # longest sequence the model takes
+    folds: tuple[Fold, ...] = ()  # scales that `load_model` moves; the model computes the same without them
+
+    @property
+    def folded(self) -> str:
+        """A hash of the folds; empty without any."""
+        return digest([asdict(item) for item in self.folds]) if self.folds else ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,9 +76,9 @@ def open_model(
         _check_shapes(model, names, weights)
     architecture = type(model).__name__
     tied = bool(getattr(config, "tie_word_embeddings", False)) and any(g.role == "lm_head" for g in groups)
-    digest = weights.hash() if weights is not None else None
+    model_hash = weights.hash() if weights is not None else None
     name = folder.name if Path(source).exists() else source
-    spec = ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied)
+    spec = ModelSpec(name, architecture, task, dtype, model_hash, groups, kept, tied)
     positions = int(getattr(config, "max_position_embeddings", 2**31))
     return OpenModel(folder, spec, weights, int(getattr(config, "vocab_size", 256)), positions)
 
@@ -102,6 +110,7 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
             count = int((~torch.isfinite(parameter)).sum())
             what = f"{opened.folder}: {name} holds {count} NaN or infinite values."
             raise InputError("model.nonfinite", what, "Retrain or repair it.")
+    fold(model, opened.folds)
     return model.eval()  # type: ignore[no-any-return]
 
 

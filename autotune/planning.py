@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from autotune import __version__
@@ -9,6 +10,7 @@ from autotune.compress.database import WeightDatabase
 from autotune.compress.sequential import METHOD, Files
 from autotune.decide import configuration
 from autotune.finalists import Point
+from autotune.folding import Fold
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.kernels.spec import kernel_hash
 from autotune.plan import (
@@ -22,6 +24,8 @@ from autotune.plan import (
     Recompression,
     Recovery,
     SchemeSpec,
+    SmoothedInputs,
+    Smoothing,
     TensorEntry,
 )
 from autotune.result import Result
@@ -83,8 +87,21 @@ def build_plan(result: Result, point: Point) -> Plan:
             seed=config.seed,
             trials=len(result.front.trials),
         ),
+        smoothing=_smoothing(session.opened.folds),
     )
     return recompressed(plan, point.files, result.database) if point.files and result.database else plan
+
+
+def _smoothing(folds: Sequence[Fold]) -> Smoothing | None:
+    if not folds:
+        return None
+    sites = [item.site for item in folds]
+    return Smoothing(
+        sites=tuple(
+            SmoothedInputs(group=site.group, source=site.source, heads=site.heads, repeat=site.repeat) for site in sites
+        ),
+        exponents=digest([item.exponents for item in folds]),
+    )
 
 
 def recompressed(plan: Plan, files: Files, database: WeightDatabase) -> Plan:

@@ -151,7 +151,7 @@ class SwitchableModel:
             canonical[group.name] = _weight(source, group, name, self.spec.dtype, opened.dtype, weights)
             if name == self.spec.dtype and group.role == "lm_head" and self.spec.tied_embeddings:
                 shared.add(group.name)
-        runtime.save(folder, opened.folder, plan, self.model, canonical, shared)
+        runtime.save(folder, opened.folder, plan, self.model, canonical, shared, opened.folds)
 
 
 def switchable(

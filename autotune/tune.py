@@ -1,7 +1,7 @@
 """The whole loop, top to bottom: from a model to a certified plan.
 
-    open -> space -> profile -> prune -> compress -> score -> calibrate -> search -> recompress -> finalists -> certify
-    -> choose
+    open -> space -> profile -> prune -> smooth -> compress -> score -> calibrate -> search -> recompress -> finalists
+    -> certify -> choose
 
 Every stage is a function that reuses its artifact in the run folder when its inputs have not changed, so a killed run
 resumes where it was and ends in the same plan. Only one process holds a run folder at a time.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from autotune import decide, finalists, planning, recompress, tables
+from autotune import decide, finalists, planning, recompress, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.kernels.allocator import keep_large_blocks
@@ -55,6 +55,8 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         return result
 
     models = Models(session, space, table)
+    session, result.smoothed = smooth.smooth(session, space, models)
+    result.session = session
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)

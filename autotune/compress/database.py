@@ -94,15 +94,18 @@ def build(
     folder: Path,
     method: str = methods.AUTO,
     progress: Callable[[int, int], None] | None = None,
+    folded: str = "",
 ) -> WeightDatabase:
     """Compress every usable entry of the space that is not there yet, group by group.
 
     Args:
         documents: token ids to calibrate on, each (positions,); some are kept to judge methods by.
         method: one of `methods.METHODS`, or `methods.AUTO`.
+        folded: a hash of the scales that were moved in the model, empty where none were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     calibration = digest([document.tolist() for document in documents])
+    calibration = digest([calibration, folded]) if folded else calibration
     entries: dict[tuple[str, str], str] = {}
     missing: dict[str, dict[str, Scheme]] = {}  # group -> file -> what to store there
     for entry in space.usable():

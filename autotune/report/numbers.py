@@ -51,6 +51,7 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
         "plan": _plan(result),
         "schemes": dict(Counter(configuration(result.problem, result.chosen.candidate.genotype).values())),
         "kept_dense": _kept_dense(result),
+        "smoothing": _smoothing(result),
         "recompression": _recompression(result),
         "groups": group_rows(result),
         "front": front_rows(result),
@@ -183,6 +184,14 @@ def _measured(end_to_end: EndToEnd | None, name: str) -> dict[str, Any]:
         return dict.fromkeys(keys)
     run = end_to_end.of(name)
     return {key: asdict(getattr(run, key)) for key in keys}
+
+
+def _smoothing(result: Result) -> dict[str, Any]:
+    rows = [
+        {"group": c.fold.site.group, "source": c.fold.site.source, "kind": c.kind, "left": c.left, "worst": c.worst}
+        for c in result.smoothed
+    ]
+    return {"mode": result.session.config.smoothing, "groups": rows}
 
 
 def _recompression(result: Result) -> dict[str, Any] | None:

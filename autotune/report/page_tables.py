@@ -122,7 +122,18 @@ def run_tables(report: Report) -> Html:
     )
     stages = tag("div", tag("h3", "Time taken"), table((), rows, numbers=(1,)), tag("p", search, class_="note"))
     versions = tag("div", tag("h3", "Versions"), table((), report["versions"].items()))
-    return tag("div", stages, versions, _calibration(report), _recompression(report), class_="columns")
+    more = (_calibration(report), _smoothing(report), _recompression(report))
+    return tag("div", stages, versions, *more, class_="columns")
+
+
+def _smoothing(report: Report) -> Html:
+    made = report.get("smoothing")
+    if not made or not made["groups"]:
+        return Html("")
+    rows = [(row["group"], row["kind"], row["source"], f"{row['left']:.0%}") for row in made["groups"]]
+    note = "Loud inputs were made quieter where they come from, by powers of two, and weights larger: the same model."
+    drawn = table(("group", "scale", "folded into", "error left"), rows, numbers=(3,))
+    return tag("div", tag("h3", "Scaled before rounding"), drawn, tag("p", note, class_="note"))
 
 
 def _recompression(report: Report) -> Html:
