@@ -18,6 +18,7 @@ from autotune.decide import configuration
 from autotune.documents import MAX_DOCUMENT_TOKENS, take
 from autotune.finalists import OwnWeights, Point
 from autotune.models import Models
+from autotune.reference_model import ReferenceModel
 from autotune.search.codec import decode_evaluation, encode_evaluation
 from autotune.search.problem import Problem
 from autotune.session import Session
@@ -66,6 +67,8 @@ def _make(session: Session, problem: Problem, points: Sequence[Point], models: M
     session.report(_STAGE, 0, 1)
     weights = models.weights
     assert weights is not None
+    if type(models.reference) is not ReferenceModel:  # another kind has not all its weights in memory
+        return {}
     documents = take(session.documents.calibration, _tokens(session), MAX_DOCUMENT_TOKENS)
     settings, steps = Settings(_method(session)), session.progress(_STAGE)
     renewed = Recompression(models.reference, weights, session.place.put(documents), settings, steps)

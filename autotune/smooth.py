@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import nn
+
 from autotune.compress import smoothing
 from autotune.compress.smoothing import Choice
 from autotune.documents import MAX_DOCUMENT_TOKENS, take
@@ -33,6 +35,8 @@ def smooth(session: Session, space: SearchSpace, models: Models) -> tuple[Sessio
 
     def compute() -> list[Choice]:
         session.report("smooth", 0, 1)
+        if not isinstance(models.dense, nn.Module):  # not held whole: nothing to try scales on
+            return []
         documents = session.place.put(take(session.documents.calibration, tokens, MAX_DOCUMENT_TOKENS))
         places = sites(models.dense, session.spec.groups, documents[0], session.spec.tied_embeddings)
         schemes = {g.name: [scheme(entry.scheme) for entry in space.schemes(g.name)] for g in session.spec.groups}
