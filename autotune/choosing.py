@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import finalists, planning
+from autotune import finalists, planning, recompress
 from autotune.certify import Certificate
 from autotune.config import RunConfig
 from autotune.decide import configuration, decode_certificate
@@ -43,6 +43,8 @@ def choose_point(
         result = reload(run)
         assert result.problem is not None and result.front is not None
         result.points = tuple(finalists.pick_points(result.session, result.problem, result.front))
+        if result.database is not None:
+            result.points = recompress.found(result.session, result.problem, result.points, result.database)
         chosen = _point(result, point) if point is not None else _fastest(result, max_loss, max_memory_bytes)
         asked = {"max_loss": max_loss, "max_memory_bytes": max_memory_bytes}
         limits = {key: value for key, value in asked.items() if value is not None}

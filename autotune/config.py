@@ -34,6 +34,8 @@ class RunConfig(BaseModel):
     minutes: float | None = Field(default=None, gt=0)
     fast: bool = False
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
+    recompress: bool = True  # finalists, for the inputs they really get; not given, not where no Hessian is taken
+    smoothing: str = "auto"  # of inputs, before compression: off, awq, smoothquant, or either where it helps
     latency_only: bool = False
     streaming: bool | None = None  # compress and measure losses block by block from disk; None: where memory is short
 

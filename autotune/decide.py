@@ -213,7 +213,7 @@ def certify_points(
     if session.config.latency_only:
         return {}
     order = sorted((p for p in points if p.finalist), key=lambda p: p.candidate.evaluation.kl_nats)
-    configurations = [configuration(problem, point.candidate.genotype) for point in order]
+    configurations = [point.entries(configuration(problem, point.candidate.genotype)) for point in order]
     documents = session.certification_documents
     name = session.documents.name
     progress = session.progress("certify")

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.certify import Certificate
+from autotune.compress.database import WeightDatabase, own_name
+from autotune.compress.sequential import Files, with_files
 from autotune.errors import InfeasibleError
 from autotune.search.front import excess, fits, pareto_candidates
-from autotune.search.problem import Budget, Candidate, Front, Problem
+from autotune.search.problem import Budget, Candidate, Evaluation, Front, Problem
 from autotune.search.ratio import LossRatio, dnll_upper_nats, loss_ratio
 from autotune.session import Session
 from autotune.verify import EndToEnd
@@ -18,12 +20,40 @@ ALIKE = 0.01  # finalists whose medians are further apart are never taken to be 
 
 
 @dataclass(frozen=True)
+class OwnWeights:
+    """Weights made for one configuration's own inputs, and its loss on the search documents without and with them."""
+
+    files: Files
+    before: Evaluation
+    after: Evaluation
+
+    @property
+    def better(self) -> bool:
+        return self.after.kl_nats < self.before.kl_nats
+
+
+@dataclass(frozen=True)
 class Point:
-    """One configuration worth measuring. `finalist`: within the search's limits, to be certified."""
+    """One configuration worth measuring. `finalist`: within the search's limits, to be certified. `own`: weights of its
+    own, where such were made; they are what runs if they are better, and `candidate` then has their loss."""
 
     name: str
     candidate: Candidate
     finalist: bool
+    own: OwnWeights | None = None
+
+    @property
+    def files(self) -> Files:
+        """Of the groups that do not run the database's weights."""
+        return self.own.files if self.own is not None and self.own.better else {}
+
+    def entries(self, chosen: Mapping[str, str]) -> dict[str, str]:
+        """Group -> entry that runs, for its configuration (group -> scheme)."""
+        return {g: own_name(name, self.files[g]) if g in self.files else name for g, name in chosen.items()}
+
+    def weights(self, database: WeightDatabase, chosen: Mapping[str, str]) -> WeightDatabase:
+        """The database with what runs, under the schemes' names."""
+        return with_files(database, self.files, chosen)
 
 
 def search_budget(session: Session, problem: Problem) -> Budget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import decide, tables
+from autotune import decide, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.models import Models
@@ -32,6 +32,8 @@ def reload(run: Path) -> Result:
     space = tables.prune_space(session, space, table)
     result = Result(session, space, table)
     models = Models(session, space, table)
+    session, result.smoothed = smooth.smooth(session, space, models)
+    result.session = session
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)

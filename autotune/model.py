@@ -7,7 +7,7 @@ come from the checkpoint's headers. No code from a checkpoint is ever run: archi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ from autotune import checkpoint
 from autotune.checkpoint import Checkpoint
 from autotune.errors import InputError
 from autotune.experts import holds_experts, merged_shapes, routers, split_experts, stored_names
+from autotune.folding import Fold, fold
 from autotune.grouping import group_linears, in_pooler, is_linear, linear_of
 from autotune.search_space.groups import KeptTensor, LayerGroup, ModelSpec, Task
+from autotune.store import digest
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUTER = "router: it decides which experts a token takes, and has few weights"
@@ -35,6 +37,12 @@ class OpenModel:
     vocabulary: int  # token ids are below this
     positions: int  # longest sequence the model takes
     names: Mapping[str, str] = field(default_factory=dict)  # parameter path -> what the checkpoint calls it
+    folds: tuple[Fold, ...] = ()  # scales that `load_model` moves; the model computes the same without them
+
+    @property
+    def folded(self) -> str:
+        """A hash of the folds; empty without any."""
+        return digest([asdict(item) for item in self.folds]) if self.folds else ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,9 +78,9 @@ def open_model(
         _check_shapes(model, names, weights)
     architecture = type(model).__name__
     tied = bool(getattr(config, "tie_word_embeddings", False)) and any(g.role == "lm_head" for g in groups)
-    digest = weights.hash() if weights is not None else None
+    model_hash = weights.hash() if weights is not None else None
     name = folder.name if Path(source).exists() else source
-    spec = ModelSpec(name, architecture, task, dtype, digest, groups, kept, tied)
+    spec = ModelSpec(name, architecture, task, dtype, model_hash, groups, kept, tied)
     positions = int(getattr(config, "max_position_embeddings", 2**31))
     return OpenModel(folder, spec, weights, int(getattr(config, "vocab_size", 256)), positions, names)
 
@@ -101,6 +109,7 @@ def load_model(opened: OpenModel, dtype: torch.dtype | None = None) -> nn.Module
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         check_finite(opened.folder, name, parameter)
+    fold(model, opened.folds)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ a large model both are in memory only where there is plenty; else each is loaded
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -57,6 +58,19 @@ class Models:
             self.session.place.make_room()
 
     @cached_property
+    def weights(self) -> WeightDatabase | None:
+        """The database, and beside its entries those of single configurations under names of their own, as they are
+        made."""
+        return None if self.database is None else WeightDatabase(self.database.folder, dict(self.database.entries))
+
+    def add_own(self, entries: Mapping[tuple[str, str], str]) -> None:
+        """(group, `own_name`) -> file: also for models that exist already."""
+        if self.weights is not None:
+            self.weights.entries.update(entries)
+            if "runnable" in self.__dict__ and self.runnable is not None:
+                self.runnable.add_own(self.weights)
+
+    @cached_property
     def dense(self) -> nn.Module | Streamed:
         """The dense model in the session's arithmetic; `reference` takes it over."""
         return self.session.streamed() if self.session.streams else self.session.reference()
@@ -64,8 +78,8 @@ class Models:
     @cached_property
     def reference(self) -> ReferenceModel:
         """Reference twins of every scheme, for losses."""
-        assert self.database is not None
-        return reference_of(self.dense, self.session.spec, self.database)
+        assert self.weights is not None
+        return reference_of(self.dense, self.session.spec, self.weights)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -91,8 +105,8 @@ class Models:
         session.report("pack", 0, 1)
         cache = session.target.last_cache_bytes
         progress = session.progress("pack")
-        database, place = self.database, session.place
-        return switchable(session.opened, self.space, self.table, session.workload, database, cache, progress, place)
+        weights, place = self.weights, session.place
+        return switchable(session.opened, self.space, self.table, session.workload, weights, cache, progress, place)
 
 
 def available_memory() -> int:

@@ -155,6 +155,30 @@ class Recovery(_Strict):
     weights: str  # sha256 over the codes of the groups, in their order
 
 
+class SmoothedInputs(_Strict):
+    """A group whose inputs are divided by powers of two where they are made: in a norm, or a layer's rows. The
+    exponents are in the saved model."""
+
+    group: str
+    source: str
+    heads: int = Field(default=1, description="key heads, where the source is their value projection")
+    repeat: int = Field(default=1, description="query heads a key head")
+
+
+class Smoothing(_Strict):
+    sites: tuple[SmoothedInputs, ...]
+    exponents: str  # sha256 over those of all sites, in their order
+
+
+class Recompression(_Strict):
+    """Compression once more, for the inputs that groups get in this configuration: groups whose codes are not those of
+    the database. Predicted losses are of the codes before; `search_kl_nats` is of these."""
+
+    method: str
+    groups: tuple[str, ...]
+    weights: str  # sha256 over the codes of the groups, in their order
+
+
 class Plan(_Strict):
     schema_version: int = SCHEMA_VERSION
     generator: str
@@ -171,12 +195,15 @@ class Plan(_Strict):
     prediction: Prediction
     provenance: Provenance
     recovery: Recovery | None = Field(default=None, description="None: compressed only, and then not written")
+    smoothing: Smoothing | None = Field(default=None, description="None: nothing was scaled; not written")
+    recompression: Recompression | None = Field(default=None, description="None: as the database has it; not written")
 
     @model_serializer(mode="wrap")
-    def _without_empty_recovery(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_was_not_done(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        if values["recovery"] is None:  # plans made before it was known keep their digest
-            del values["recovery"]
+        for name in ("recovery", "smoothing", "recompression"):
+            if values[name] is None:  # plans made before it was known keep their digest
+                del values[name]
         return values
 
     @property

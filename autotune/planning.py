@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from autotune import __version__
+from autotune.compress.database import WeightDatabase
+from autotune.compress.sequential import METHOD, Files
 from autotune.decide import configuration
 from autotune.finalists import Point
+from autotune.folding import Fold
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.kernels.spec import kernel_hash
 from autotune.plan import (
@@ -17,8 +21,11 @@ from autotune.plan import (
     Plan,
     Prediction,
     Provenance,
+    Recompression,
     Recovery,
     SchemeSpec,
+    SmoothedInputs,
+    Smoothing,
     TensorEntry,
 )
 from autotune.result import Result
@@ -26,7 +33,7 @@ from autotune.search.problem import GroupOptions, Option
 from autotune.search_space.groups import LayerGroup
 from autotune.search_space.schemes import scheme
 from autotune.search_space.space import SearchSpace
-from autotune.store import digest
+from autotune.store import digest, file_digest
 
 PACKAGES = ("torch", "transformers", "optuna", "numpy", "scipy")
 
@@ -41,7 +48,7 @@ def build_plan(result: Result, point: Point) -> Plan:
     reasons = {g.name: why(g, options[g.name], space) for g in problem.groups}
     notes = {group.name: expert_notes(result, group.name, chosen[group.name]) for group in spec.groups}
     has_loss = not config.latency_only
-    return Plan(
+    plan = Plan(
         generator=f"autotune {__version__}",
         model=ModelRef(
             name=spec.name,
@@ -80,7 +87,35 @@ def build_plan(result: Result, point: Point) -> Plan:
             seed=config.seed,
             trials=len(result.front.trials),
         ),
+        smoothing=_smoothing(session.opened.folds),
     )
+    return recompressed(plan, point.files, result.database) if point.files and result.database else plan
+
+
+def _smoothing(folds: Sequence[Fold]) -> Smoothing | None:
+    if not folds:
+        return None
+    sites = [item.site for item in folds]
+    return Smoothing(
+        sites=tuple(
+            SmoothedInputs(group=site.group, source=site.source, heads=site.heads, repeat=site.repeat) for site in sites
+        ),
+        exponents=digest([item.exponents for item in folds]),
+    )
+
+
+def recompressed(plan: Plan, files: Files, database: WeightDatabase) -> Plan:
+    """The plan with weights of its own in some groups."""
+    groups = tuple(group.name for group in plan.groups if group.name in files)
+    weights = digest([file_digest(database.folder / files[name]) for name in groups])
+    reasons = tuple(
+        entry.model_copy(update={"reason": f"{entry.reason}; compressed again for the inputs it gets in this plan"})
+        if entry.group in files
+        else entry
+        for entry in plan.tensors
+    )
+    about = Recompression(method=METHOD, groups=groups, weights=weights)
+    return plan.model_copy(update={"tensors": reasons, "recompression": about})
 
 
 def recovered(plan: Plan, recovery: Recovery) -> Plan:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autotune.compress.database import WeightDatabase
+from autotune.compress.database import WeightDatabase, scheme_of
 from autotune.kernels.reference import dequantize, quantize_activations
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import NumberFormat, scheme
@@ -143,7 +143,7 @@ class ReferenceModel:
 
     def _set(self, group: LayerGroup, name: str) -> None:
         layers = self.layers[group.name]
-        item = scheme(name)
+        item = scheme(scheme_of(name))
         for layer in layers:  # what was set before goes before the new weights are made
             layer.weight, layer.activation = layer.dense, item.activation
         if item.is_dense:

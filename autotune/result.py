@@ -7,6 +7,7 @@ from typing import Any
 
 from autotune.certify import Certificate
 from autotune.compress.database import WeightDatabase
+from autotune.compress.smoothing import Choice
 from autotune.finalists import Point
 from autotune.latency_model import Calibration
 from autotune.plan import Plan
@@ -23,6 +24,7 @@ class Result:
     session: Session
     space: SearchSpace
     table: LatencyTable
+    smoothed: tuple[Choice, ...] = ()
     database: WeightDatabase | None = None
     losses: LossTable | None = None
     floor_nats: float | None = None  # KL that the arithmetic of losses costs by itself; None: fp32, or not measured

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from autotune.attention import pack_query_heads
 from autotune.decoder import fuse_decoder_layers
 from autotune.errors import DeviceError, InputError
 from autotune.experts import align_routers, split_experts
+from autotune.folding import Fold, Site, fold
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.linear import FusedGroup, alternative, install
@@ -32,9 +33,11 @@ from autotune.place import device_of
 from autotune.plan import Plan
 from autotune.search_space.schemes import scheme
 from autotune.skeleton import skeleton
-from autotune.store import new_folder
+from autotune.store import digest, new_folder
 
 WEIGHTS = "compressed.safetensors"
+_SMOOTH = "smooth"  # exponents, see `folding`
+_OF_WEIGHTS = ("configuration", "smoothing", "recompression")  # what a plan says of them
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Text and tables only: tokenizer code, where a folder has it, is never run and stays behind.
 _COPIED = (
@@ -63,8 +66,14 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
     tensors = _read(folder / WEIGHTS)
     dtype = _DTYPES[loaded.model.dtype]
     groups = _groups(loaded)
-    for name, group in groups.items():  # all of them before the first is changed
-        _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
+    folds = _folds(loaded, tensors)
+    fold(model, folds)
+    try:
+        for name, group in groups.items():  # all of them before the first is changed
+            _check_same_weights(model, group, _group_weight(loaded, name, tensors, model), loaded)
+    except InputError:
+        fold(model, folds, back=True)
+        raise
     model.to(device_of(loaded.kernels.values()))
     for name, group in groups.items():
         _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
@@ -121,7 +130,13 @@ def quicken(model: nn.Module) -> None:
 
 
 def save(
-    folder: Path, source: Path, plan: Plan, model: nn.Module, weights: Mapping[str, GroupWeight], dense: set[str]
+    folder: Path,
+    source: Path,
+    plan: Plan,
+    model: nn.Module,
+    weights: Mapping[str, GroupWeight],
+    dense: set[str],
+    folds: Sequence[Fold] = (),
 ) -> None:
     """Write a loadable folder, complete or not at all.
 
@@ -130,6 +145,7 @@ def save(
         model: a model whose layer groups are installed; its remaining parameters are the kept ones.
         weights: canonical weights of every group, dense ones included.
         dense: groups whose rows are the tied embedding and need no copy.
+        folds: what was folded in `model`; `apply` does it to the user's.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -144,6 +160,8 @@ def save(
         parts = {"dense": weight.dense} if scheme(weight.scheme).is_dense else storage.pack(weight)
         parts |= {"bias": weight.bias} if weight.bias is not None else {}
         tensors |= {f"{name}::{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
+    for item in folds:
+        tensors[f"{item.site.group}::{_SMOOTH}"] = torch.tensor(item.exponents, dtype=torch.int8)
     with new_folder(folder) as temporary:
         for pattern in _COPIED:
             for file in source.glob(pattern):
@@ -178,7 +196,8 @@ def _plan_and_weights(plan: Plan | Path | str, weights: Path | str | None) -> tu
         candidates = [Path(weights), Path(weights) / "model"]
     for folder in candidates:
         if (folder / WEIGHTS).is_file():
-            if Plan.load(folder / "plan.json").configuration != loaded.configuration:
+            held = Plan.load(folder / "plan.json")
+            if any(getattr(held, name) != getattr(loaded, name) for name in _OF_WEIGHTS):
                 hint = "Run `autotune apply RUN` for this plan first."
                 raise InputError("apply.weights", f"{folder} holds another plan's weights.", hint)
             return folder, loaded
@@ -217,6 +236,20 @@ def _groups(plan: Plan) -> dict[str, list[Any]]:
     return groups
 
 
+def _folds(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> list[Fold]:
+    if plan.smoothing is None:
+        return []
+    folds = []
+    for item in plan.smoothing.sites:
+        readers = tuple(entry.module for entry in plan.tensors if entry.group == item.group)
+        site = Site(item.group, item.source, readers, item.heads, item.repeat)
+        folds.append(Fold(site, tuple(tensors[f"{item.group}::{_SMOOTH}"].tolist())))
+    if digest([item.exponents for item in folds]) != plan.smoothing.exponents:
+        what = "the scales saved with the weights are not those of the plan"
+        raise InputError("apply.weights", f"{what}.", "Run `autotune apply RUN` again.")
+    return folds
+
+
 def _is_tied_dense(plan: Plan, name: str) -> bool:
     role = next(group.role for group in plan.groups if group.name == name)
     return role == "lm_head" and plan.model.tied_embeddings and scheme(plan.configuration[name]).is_dense
@@ -227,6 +260,7 @@ def _group_weight(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], mo
     prefix = f"{name}::"
     parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     bias = parts.pop("bias", None)
+    parts.pop(_SMOOTH, None)
     if _is_tied_dense(plan, name):
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         return GroupWeight(item.name, dense=embedding.detach(), bias=bias)
@@ -278,8 +312,8 @@ def _check_same_weights(model: nn.Module, entries: list[Any], weight: GroupWeigh
         error = float((stored - dense).norm() / dense.norm().clamp_min(1e-12))
         item = scheme(plan.configuration[entry.group])
         bound = 0.9 if item.sparsity != "dense" or item.weight.bits < 4 else 0.35
-        if plan.recovery is not None and entry.group in plan.recovery.groups:
-            bound = 1.2  # training moves weights further than rounding does
+        if any(made is not None and entry.group in made.groups for made in (plan.recovery, plan.recompression)):
+            bound = 1.2  # training, or making up for earlier groups, moves weights further than rounding does
         if not error <= bound:
             what = f"{entry.tensor} differs from the plan's weights by {error:.0%}"
             raise InputError("plan.model_mismatch", f"the plan is for another checkpoint: {what}.", "Search again.")

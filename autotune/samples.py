@@ -52,6 +52,8 @@ def resolve(config: RunConfig, spec: ModelSpec) -> RunConfig:
     chosen: dict[str, object] = {name: sized(name, parameters(spec)) for name in missing}
     if "compression" not in config.model_fields_set:
         chosen["compression"] = methods.FAST if config.fast or parameters(spec) > LARGE else methods.AUTO
+    if "recompress" not in config.model_fields_set:
+        chosen["recompress"] = methods.takes_hessian(str(chosen.get("compression", config.compression)))
     return config.model_copy(update=chosen)
 
 

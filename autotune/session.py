@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from autotune import documents as documents_module
 from autotune import samples
 from autotune.blocks import find_blocks
 from autotune.certify import expected_error
-from autotune.compress import methods
+from autotune.compress import methods, smoothing
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
 from autotune.errors import DeviceError, InputError, UsageError
@@ -159,6 +159,12 @@ class Session:
         mixed = self.arithmetic == "bf16"
         return Streamed(self.opened, torch.bfloat16 if mixed else torch.float32, mixed, self.place.device)
 
+    def with_model(self, opened: OpenModel) -> Session:
+        """The same run on the same model, opened otherwise; what was read is not read again."""
+        other = replace(self, opened=opened)
+        vars(other).update({name: value for name, value in vars(self).items() if name in ("place", "documents")})
+        return other
+
 
 def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Session:
     """Open the model's description, resolve target, workload and sample sizes; no weight is allocated."""
@@ -172,6 +178,7 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
         raise DeviceError("device.experts", f"a mixture of experts cannot be tuned here: {what}.", "Take --target cpu.")
     report("open", 1, 1)
     methods.check(config.compression)
+    smoothing.check(config.smoothing)
     config = samples.resolve(config, opened.spec)
     return Session(folder, config, opened, chosen, local, workload, report)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from autotune import runtime
-from autotune.compress.database import WeightDatabase, stacked_bias, stacked_weight
+from autotune.compress.database import WeightDatabase, scheme_of, stacked_bias, stacked_weight
 from autotune.kernels.linear import ZEROS, FusedGroup, alternative, install
 from autotune.kernels.reference import random_weight
 from autotune.kernels.spec import GroupWeight, kernel
@@ -40,15 +41,17 @@ class SwitchableModel:
         resident: bool,
         place: Place = CPU,
         generated: int = 0,
+        packers: Mapping[str, _Packer] | None = None,
     ) -> None:
         """`groups`: by the name of the part of a layer group that they are. `resident`: the weights fit the last cache,
         so a request is run once untimed before it is timed. `generated`: tokens that a static cache has room for, where
-        passes are recorded."""
+        passes are recorded. `packers`: by the name of the layer group, for weights that come later."""
         self.model = model
         self.spec = spec
         self.groups = dict(groups)
         self.place = place
         self._resident, self._generated = resident, generated
+        self._packers = dict(packers or {})
         self._requests: dict[tuple[int, int], StaticRequest] = {}
         self._recorded: dict[tuple[object, ...], Replayable] = {}
 
@@ -62,6 +65,13 @@ class SwitchableModel:
 
     def prepare(self, configurations: Sequence[Mapping[str, str]], documents: Sequence[torch.Tensor]) -> None:
         """Nothing to do: all of it is in memory."""
+
+    def add_own(self, weights: WeightDatabase) -> None:
+        """Pack what a database has for single configurations (see `own_name`) and this model has not yet."""
+        for group in self.spec.groups:
+            for entry in _own_entries(weights, group):
+                if not self.groups[group.parts[0].name].holds(entry):
+                    self._packers[group.name].add(entry, weights)
 
     @torch.inference_mode()
     def outputs(self, document: torch.Tensor) -> torch.Tensor:
@@ -144,7 +154,7 @@ class SwitchableModel:
             canonical[group.name] = _weight(source, group, name, self.spec.dtype, opened.dtype, weights)
             if name == self.spec.dtype and group.role == "lm_head" and self.spec.tied_embeddings:
                 shared.add(group.name)
-        runtime.save(folder, opened.folder, plan, self.model, canonical, shared)
+        runtime.save(folder, opened.folder, plan, self.model, canonical, shared, opened.folds)
 
 
 def switchable(
@@ -161,25 +171,53 @@ def switchable(
     spec = opened.spec
     model = load_model(opened).to(place.device)
     runtime.quicken(model)
-    groups = {}
+    groups, packers = {}, {}
     for number, group in enumerate(spec.groups):
         made = [FusedGroup(part.in_features, [member.out_features for member in part.members]) for part in group.parts]
-        for entry in space.schemes(group.name):
-            choice = table.best(group, entry.scheme, workload)
-            assert choice is not None
-            item = kernel(choice.kernel)
-            weight = _weight(model, group, entry.scheme, spec.dtype, opened.dtype, weights)
-            for index, fused in enumerate(made):
-                own = weight if group.experts == 1 else weight.part(group.rows(index))
-                packed = load_kernel(item).pack(own, opened.dtype)
-                fused.add(entry.scheme, alternative(item, entry.scheme, packed))
+        choices = {entry.scheme: table.best(group, entry.scheme, workload) for entry in space.schemes(group.name)}
+        kernels = {name: choice.kernel for name, choice in choices.items() if choice is not None}
+        assert len(kernels) == len(choices)
+        packers[group.name] = packer = _Packer(
+            group, made, kernels, opened.dtype, stacked_bias(model, group, opened.dtype)
+        )
+        for name in kernels:
+            packer.pack(name, _weight(model, group, name, spec.dtype, opened.dtype, weights))
+        for name in _own_entries(weights, group):
+            assert weights is not None
+            packer.add(name, weights)
         for part, fused in zip(group.parts, made, strict=True):
             install(model, [member.module for member in part.members], fused)
             groups[part.name] = fused
         if progress:
             progress(number + 1, len(spec.groups))
     generated = max(request.generated for request in workload.requests)
-    return SwitchableModel(model, spec, groups, spec.dense_bytes <= 4 * last_cache_bytes, place, generated)
+    return SwitchableModel(model, spec, groups, spec.dense_bytes <= 4 * last_cache_bytes, place, generated, packers)
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Packs a layer group's weights for the kernels of its schemes."""
+
+    group: LayerGroup
+    fused: Sequence[FusedGroup]  # one a part
+    kernels: Mapping[str, str]  # scheme -> kernel
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+
+    def pack(self, name: str, weight: GroupWeight) -> None:
+        item = kernel(self.kernels[scheme_of(name)])
+        for index, fused in enumerate(self.fused):
+            own = weight if self.group.experts == 1 else weight.part(self.group.rows(index))
+            fused.add(name, alternative(item, scheme_of(name), load_kernel(item).pack(own, self.dtype)))
+
+    def add(self, name: str, weights: WeightDatabase) -> None:
+        self.pack(name, weights.load(self.group, name, self.bias))
+
+
+def _own_entries(weights: WeightDatabase | None, group: LayerGroup) -> list[str]:
+    """Names of entries that belong to single configurations."""
+    names = [] if weights is None else [name for owner, name in weights.entries if owner == group.name]
+    return [name for name in names if scheme_of(name) != name]
 
 
 def _weight(

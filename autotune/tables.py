@@ -84,11 +84,13 @@ def compress(session: Session, space: SearchSpace, models: Models) -> WeightData
     folder = session.folder.path / "database"
     wanted = [[entry.group, entry.scheme] for entry in space.usable()]
     documents = [session.documents.digest, config.calibration_tokens]
+    documents += [session.opened.folded] if session.opened.folds else []
 
     def compute() -> WeightDatabase:
         session.report("compress", 0, 1, "calibration")
         texts, progress = session.calibration_documents, session.progress("compress")
-        return database.build(models.dense, session.spec, space, texts, folder, config.compression, progress)
+        method, folded = config.compression, session.opened.folded
+        return database.build(models.dense, session.spec, space, texts, folder, method, progress, folded)
 
     def decode(rows: list[list[str]]) -> WeightDatabase:
         found = WeightDatabase(folder, {(group, scheme): name for group, scheme, name in rows})

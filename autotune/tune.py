@@ -1,6 +1,7 @@
 """The whole loop, top to bottom: from a model to a certified plan.
 
-    open -> space -> profile -> prune -> compress -> score -> calibrate -> search -> finalists -> certify -> choose
+    open -> space -> profile -> prune -> smooth -> compress -> score -> calibrate -> search -> recompress -> finalists
+    -> certify -> choose
 
 Every stage is a function that reuses its artifact in the run folder when its inputs have not changed, so a killed run
 resumes where it was and ends in the same plan. Only one process holds a run folder at a time.
@@ -11,12 +12,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from autotune import decide, finalists, planning, tables
+from autotune import decide, finalists, planning, recompress, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.models import Models
-from autotune.plan import Plan
 from autotune.recover.offer import offer, to_json
 from autotune.result import Result
 from autotune.run import Reporter, RunFolder, silent
@@ -55,6 +55,8 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         return result
 
     models = Models(session, space, table)
+    session, result.smoothed = smooth.smooth(session, space, models)
+    result.session = session
     if not config.latency_only:
         result.database = models.database = tables.compress(session, space, models)
         result.losses = tables.loss_table(session, space, models)
@@ -68,11 +70,12 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     models.done_with_kernels()
     result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
-    models.done_with_losses()
     result.points = _points(result, models)
     if until == "search":
         return result
 
+    result.points = recompress.recompress(session, result.problem, result.points, models)
+    models.done_with_losses()
     result.end_to_end = decide.measure_points(session, result.problem, result.points, models)
     result.refit = tables.refit_latency(session, space, table, result.end_to_end)
     result.certificates = decide.certify_points(session, result.problem, result.points, models)
@@ -83,7 +86,7 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     if until == "verify":
         return result
     if models.runs and session.opened.checkpoint is not None:
-        _save_model(session, models, result.plan)
+        _save_model(result, models)
     if until == "apply":
         return result
 
@@ -109,13 +112,16 @@ def _points(result: Result, models: Models) -> tuple[finalists.Point, ...]:
         raise InfeasibleError(error.code, error.message, f"{error.hint} Or: {found.sentence}") from error
 
 
-def _save_model(session: Session, models: Models, plan: Plan) -> None:
+def _save_model(result: Result, models: Models) -> None:
+    session, plan, chosen = result.session, result.plan, result.chosen
+    assert plan is not None and chosen is not None
     folder = session.folder.path / "model"
+    weights = None if models.database is None else chosen.weights(models.database, plan.configuration)
 
     def compute() -> str:
         session.report("save", 0, 1)
         assert models.runnable is not None
-        models.runnable.save(folder, session.opened, plan, models.database)
+        models.runnable.save(folder, session.opened, plan, weights)
         session.report("save", 1, 1)
         return plan.digest()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune import decide, tables
+from autotune import decide, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.kernels.allocator import keep_large_blocks
@@ -59,6 +59,7 @@ def finished_run(run: Path, tokens: int) -> Iterator[FinishedRun]:
         table = tables.profile(session, space)
         space = tables.prune_space(session, space, table)
         models = Models(session, space, table)
+        session, _ = smooth.smooth(session, space, models)
         models.database = tables.compress(session, space, models)
         losses = tables.loss_table(session, space, models)
         if session.local:  # what the run calibrated: a scheme that it dropped was never run in the whole model

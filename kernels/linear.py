@@ -86,6 +86,10 @@ class FusedGroup(nn.Module):
         self.active = name
         self._pending.clear()
 
+    def holds(self, name: str) -> bool:
+        """True where there are packed weights under that name."""
+        return name in self._alternatives
+
     def remove(self, name: str) -> None:
         """Let go of packed weights that are not active."""
         if name == self.active:

@@ -24,7 +24,7 @@ LAYERS = (
     ("profilers",),
     ("search",),
     ("config", "plan", "documents", "checkpoint", "progress", "certify", "place", "passes"),
-    ("experts", "grouping", "skeleton", "model", "blocks", "streaming", "run"),
+    ("experts", "grouping", "skeleton", "folding", "model", "blocks", "streaming", "run"),
     ("compress",),
     ("samples",),
     ("session",),
@@ -33,7 +33,7 @@ LAYERS = (
     ("attention", "decoder", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
     ("memory_budget",),
-    ("tables", "finalists", "decide", "result", "planning", "finished"),
+    ("tables", "finalists", "decide", "recompress", "smooth", "result", "planning", "finished"),
     ("recover",),
     ("export", "report"),
     (

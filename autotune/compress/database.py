@@ -36,7 +36,7 @@ _STATISTICS_BYTES = 2**30  # of calibration held at a time
 
 @dataclass(frozen=True)
 class WeightDatabase:
-    """`entries`: (group, scheme) -> file name."""
+    """`entries`: (group, scheme) -> file name; beside them (group, `own_name`) where a configuration has its own."""
 
     folder: Path
     entries: dict[tuple[str, str], str]
@@ -49,7 +49,7 @@ class WeightDatabase:
 
         if (group.name, name) not in self.entries:
             raise InputError("database.missing", f"{group.name} was not compressed as {name}.", "Run compress again.")
-        item = scheme(name)
+        item = scheme(scheme_of(name))
         with safe_open(self.folder / self.entries[group.name, name], framework="pt") as file:
             start, stop, _ = rows.indices(group.out_features)
             wanted = {key: stored_rows(item, key, start, stop) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -79,6 +79,16 @@ class WeightDatabase:
         return sum((self.folder / name).stat().st_size for name in set(self.entries.values()))
 
 
+def own_name(scheme: str, file: str) -> str:
+    """What an entry is called that belongs to one configuration: SCHEME@ and the start of its file's name, a hash."""
+    return f"{scheme}@{file[:12]}"
+
+
+def scheme_of(name: str) -> str:
+    """The scheme of an entry, its own or one for all."""
+    return name.partition("@")[0]
+
+
 def build(
     model: nn.Module | Streamed,
     spec: ModelSpec,
@@ -87,6 +97,7 @@ def build(
     folder: Path,
     method: str = methods.AUTO,
     progress: Callable[[int, int], None] | None = None,
+    folded: str = "",
 ) -> WeightDatabase:
     """Compress every usable entry of the space that is not there yet, group by group.
 
@@ -95,9 +106,11 @@ def build(
             entries are the same.
         documents: token ids to calibrate on, each (positions,); some are kept to judge methods by.
         method: one of `methods.METHODS`, or `methods.AUTO`.
+        folded: a hash of the scales that were moved in the model, empty where none were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     calibration = digest([document.tolist() for document in documents])
+    calibration = digest([calibration, folded]) if folded else calibration
     entries: dict[tuple[str, str], str] = {}
     missing: dict[str, dict[str, Scheme]] = {}  # group -> file -> what to store there
     for entry in space.usable():

@@ -138,6 +138,7 @@ def _group(plan: Plan, name: str, tensors: Mapping[str, torch.Tensor], empty: nn
     _check_modules(name, entries, empty)
     prefix = f"{name}::"
     parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    parts.pop("smooth", None)  # the tensors are those of the model with its scales moved, and need nothing
     if not parts and _tied(plan, name) and item.is_dense:
         return SavedGroup(name, item, tuple(SavedLinear(entry.module, None) for entry in entries))
     weight = _weight(item, name, entries, parts)

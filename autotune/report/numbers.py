@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from autotune import __version__, samples
+from autotune.compress.sequential import METHOD
 from autotune.decide import configuration
 from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
@@ -50,6 +51,8 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
         "plan": _plan(result),
         "schemes": dict(Counter(configuration(result.problem, result.chosen.candidate.genotype).values())),
         "kept_dense": _kept_dense(result),
+        "smoothing": _smoothing(result),
+        "recompression": _recompression(result),
         "groups": group_rows(result),
         "front": front_rows(result),
         "prediction": predicted,
@@ -183,6 +186,34 @@ def _measured(end_to_end: EndToEnd | None, name: str) -> dict[str, Any]:
     return {key: asdict(getattr(run, key)) for key in keys}
 
 
+def _smoothing(result: Result) -> dict[str, Any]:
+    rows = [
+        {"group": c.fold.site.group, "source": c.fold.site.source, "kind": c.kind, "left": c.left, "worst": c.worst}
+        for c in result.smoothed
+    ]
+    return {"mode": result.session.config.smoothing, "groups": rows}
+
+
+def _recompression(result: Result) -> dict[str, Any] | None:
+    """Every finalist's loss on the search documents with the database's weights, and with weights of its own."""
+    made = [(point, point.own) for point in result.points if point.own is not None]
+    if not made:
+        return None
+    rows = [
+        {
+            "name": point.name,
+            "groups": len(own.files),
+            "kl_nats_before": own.before.kl_nats,
+            "kl_nats_after": own.after.kl_nats,
+            "dnll_nats_before": own.before.dnll_nats,
+            "dnll_nats_after": own.after.dnll_nats,
+            "taken": own.better,
+        }
+        for point, own in made
+    ]
+    return {"method": METHOD, "finalists": rows}
+
+
 def _kept_dense(result: Result) -> dict[str, str]:
     assert result.problem and result.chosen
     options = result.problem.chosen(result.chosen.candidate.genotype)
@@ -268,7 +299,7 @@ def _samples(result: Result, models: Models) -> dict[str, str] | None:
     ids = session.documents.search[0][:64]
     texts = {"prompt": str(tokenizer.decode(ids))}
     chosen = configuration(result.problem, result.chosen.candidate.genotype)
-    for name, selected in (("dense", {}), ("plan", chosen)):
+    for name, selected in (("dense", {}), ("plan", result.chosen.entries(chosen))):
         model.select(selected)
         texts[name] = str(tokenizer.decode(model.continue_prompt(ids, SAMPLE_TOKENS)))
     return texts

@@ -70,7 +70,8 @@ def _compression(result: Result, group: str, name: str) -> dict[str, Any] | None
     """Which method made the weights that were chosen, and the squared relative error it left in the group's output."""
     if result.database is None or scheme(name).is_dense:
         return None
-    method, error = result.database.origin(group, name)
+    assert result.chosen is not None
+    method, error = result.chosen.weights(result.database, {group: name}).origin(group, name)
     return {"method": method, "layer_error": error}
 
 

@@ -122,7 +122,36 @@ def run_tables(report: Report) -> Html:
     )
     stages = tag("div", tag("h3", "Time taken"), table((), rows, numbers=(1,)), tag("p", search, class_="note"))
     versions = tag("div", tag("h3", "Versions"), table((), report["versions"].items()))
-    return tag("div", stages, versions, _calibration(report), class_="columns")
+    more = (_calibration(report), _smoothing(report), _recompression(report))
+    return tag("div", stages, versions, *more, class_="columns")
+
+
+def _smoothing(report: Report) -> Html:
+    made = report.get("smoothing")
+    if not made or not made["groups"]:
+        return Html("")
+    rows = [(row["group"], row["kind"], row["source"], f"{row['left']:.0%}") for row in made["groups"]]
+    note = "Loud inputs were made quieter where they come from, by powers of two, and weights larger: the same model."
+    drawn = table(("group", "scale", "folded into", "error left"), rows, numbers=(3,))
+    return tag("div", tag("h3", "Scaled before rounding"), drawn, tag("p", note, class_="note"))
+
+
+def _recompression(report: Report) -> Html:
+    made = report.get("recompression")
+    if not made:
+        return Html("")
+    rows = [
+        (row["name"], row["groups"], words.nats(row["kl_nats_before"]), words.nats(row["kl_nats_after"]), _taken(row))
+        for row in made["finalists"]
+    ]
+    head = ("finalist", "groups", "loss before", "after", "taken")
+    note = f"Finalists were compressed once more, {made['method']}; the lower loss on the search documents is taken."
+    drawn = table(head, rows, numbers=(1, 2, 3))
+    return tag("div", tag("h3", "Compressed again"), drawn, tag("p", note, class_="note"))
+
+
+def _taken(row: Mapping[str, Any]) -> str:
+    return "after" if row["taken"] else "before"
 
 
 def _calibration(report: Report) -> Html:
