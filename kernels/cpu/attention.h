@@ -22,13 +22,17 @@ void query_keys(const float* queries, const K* keys, const K* values, int64_t co
         Lanes sums[heads] = {};
         for (int64_t i = 0; i < whole; i += kWide) {
             const Lanes k = load(key + i);
+#pragma GCC unroll 4
             for (int r = 0; r < heads; ++r) sums[r] += load(queries + r * width + i) * k;
         }
+        const float scale = row_scale(key, width);
+#pragma GCC unroll 4
+        for (int r = 0; r < heads; ++r) scores[r * count + j] = sum(sums[r]) * scale;
+        if (whole == width) continue;
         for (int r = 0; r < heads; ++r) {
-            float total = sum(sums[r]);
-            for (int64_t i = whole; i < width; ++i) total += queries[r * width + i] * wide(key[i]);
-            if constexpr (kCoded<K>) total *= row_scale(key, width);
-            scores[r * count + j] = total;
+            float rest = 0.0f;
+            for (int64_t i = whole; i < width; ++i) rest += queries[r * width + i] * wide(key[i]);
+            scores[r * count + j] += rest * scale;
         }
     }
 }
@@ -39,8 +43,10 @@ void weigh(const float* scores, const K* values, int64_t count, int64_t width, c
     const int64_t row = row_size<K>(width);
     Lanes sums[heads][vectors] = {};
     for (int64_t j = 0; j < count; ++j)
+#pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n) {
             const Lanes v = load(values + j * row + n * kWide);
+#pragma GCC unroll 4
             for (int r = 0; r < heads; ++r) sums[r][n] += scores[r * count + j] * v;
         }
     for (int r = 0; r < heads; ++r)
