@@ -89,6 +89,9 @@ class Stitched:
         self.model = model
         self.spec = spec
         self.parts = [part for group in spec.groups for part in group.parts]
+        for member in (member for part in self.parts for member in part.members):
+            module: Any = model.get_submodule(member.module)  # a tied head is the embedding too, which stays as it is
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         self.dense = {part.name: stacked_weight(model, part) for part in self.parts}
         self.weights: dict[str, torch.Tensor] = {}  # of the configuration that is not dense
         self._is_dense = True

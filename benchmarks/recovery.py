@@ -159,8 +159,8 @@ def train(
     dense = load_mixed(opened) if opened.spec.dtype == "bf16" else load_model(opened, torch.float32)
     item = Distillation(Student(dense, opened.spec, masters), sequences, recipe)
     if minutes is not None:
-        item.recipe = recipe = replace(recipe, steps=training.steps_for_minutes(item, minutes))
-    every = max(1, recipe.steps // marks)
+        item.recipe = replace(item.recipe, steps=training.steps_for_minutes(item, minutes))
+    every = max(1, item.recipe.steps // marks)
     with tempfile.TemporaryDirectory() as folder:
         found = training.train(item, Path(folder) / "checkpoint", "", _show, mark_every=every, keep_best=keep_best)
     print(file=sys.stderr)

@@ -41,6 +41,17 @@ def test_experts_are_compressed_one_by_one(bench, tmp_path):
     assert 0 < written["rows"][0]["layer_error"] < written["rows"][1]["layer_error"]
 
 
+def test_a_tied_heads_new_weights_leave_the_embedding_alone(bench, tmp_path):
+    opened = bench.open_model(str(tiny.make_model("llama", tmp_path / "model", tie_word_embeddings=True)))
+    model = bench.load_model(opened, torch.float32)
+    stitched = bench.Stitched(model, opened.spec)
+    before = model.model.embed_tokens.weight.clone()
+    stitched.weights = {name: weight * 0 for name, weight in stitched.dense.items()}
+    stitched.select({"all": "zeros"})
+    assert not model.lm_head.weight.any()
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
 @pytest.fixture(scope="module")
 def value(bench, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compression")

@@ -90,6 +90,31 @@ def test_the_divergence_and_its_gradient_are_those_of_autograd():
     assert torch.allclose(gradient, expected, atol=1e-7)
 
 
+def test_at_a_temperature_the_gradient_is_as_large():
+    """Logits are divided by T, so their gradient is, twice: T squared makes up for it."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 4, 50, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(1, 4, 50, generator=generator, dtype=torch.float64)
+    expected = 0.0
+    for t in (1.0, 2.0):
+        wanted, found = (teacher / t).log_softmax(-1), (logits / t).log_softmax(-1)
+        expected = expected + (wanted.exp() * (wanted - found)).sum() * t * t / 2 / 4
+    loss = divergence(logits, teacher, (1.0, 2.0))
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    (by_hand,) = torch.autograd.grad(expected, logits)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(gradient, by_hand, atol=1e-7)
+
+
+def test_end_to_end_hidden_states_pull_too(distillation, monkeypatch):
+    """With logits that say nothing the gradient of the first layer is that of the hidden states alone."""
+    monkeypatch.setattr("autotune.recover.distill.divergence", lambda outputs, wanted, _: outputs.sum() * 0)
+    item = distillation(block_share=0.0, steps=4)
+    before = item.student.groups["model.layers.0.mlp.down_proj"].master.weight.clone()
+    item.step()
+    assert not torch.equal(item.student.groups["model.layers.0.mlp.down_proj"].master.weight, before)
+
+
 def test_the_distance_is_relative():
     teacher = torch.ones(2, 4)
     assert float(distance(teacher * 1.5, teacher)) == pytest.approx(0.25)

@@ -21,7 +21,8 @@ _STATE, _BEST = "state.safetensors", "best.safetensors"
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of the curve. `check_nats`: on the sequences set aside; `train_nats`: mean over steps since the last."""
+    """A point of the curve. `check_nats`: on the sequences set aside; `train_nats`: mean over steps since the last,
+    half of it at temperature 2."""
 
     steps: int
     tokens: int

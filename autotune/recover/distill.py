@@ -6,7 +6,8 @@ exports carry nothing but codes.
 
 Block by block every block learns from its own error alone: it reads what the compressed blocks before it make, and is
 pulled towards what the dense model's block puts out. Its gradient is taken as soon as it has run, so one block's
-activations are held at a time.
+activations are held at a time. End to end the model is pulled towards the dense one's distribution, and its blocks,
+together, still towards their hidden states: they say more about a position than its next token does.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from autotune.recover.losses import distance, divergence
 from autotune.recover.student import Student
 from autotune.recover.texts import Sequences
 
-BATCH_TOKENS = 1_024  # of an optimizer step
+BATCH_TOKENS = 512  # of an optimizer step
 PART_ELEMENTS = 2**22  # of the logits of a part of it, whose activations are held at a time
-RATE = 0.004  # of a step, relative to the root mean square of a group's weights
-BLOCK_SHARE = 0.2  # of the steps
+RATE = 0.007  # of a step, relative to the root mean square of a group's weights
+BLOCK_SHARE = 0.1  # of the steps
 WARM_UP = 0.05
+TEMPERATURES = (1.0, 2.0)
 _BETAS = (0.9, 0.95)
 _FOLLOWED = 10  # times in a run scales follow, the last well before its end: weights settle on what they will have
 
@@ -69,8 +71,7 @@ class Distillation:
         self.done = 0  # steps
         self.count = max(1, recipe.batch_tokens // sequences.train.shape[1])  # sequences of a step
         self._typical = {name: group.master.typical() for name, group in student.groups.items()}
-        self._mean = {name: torch.zeros_like(group.gradient) for name, group in student.groups.items()}
-        self._square = {name: torch.zeros_like(group.gradient) for name, group in student.groups.items()}
+        self._adam = _adam(student)
         self._blocks = _blocks(student)
 
     @property
@@ -113,8 +114,11 @@ class Distillation:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The whole state but for `done`."""
-        moments = {f"{name}::mean": value for name, value in self._mean.items()}
-        return self.masters() | moments | {f"{name}::square": value for name, value in self._square.items()}
+        moments: dict[str, torch.Tensor] = {}
+        for name, group in self.student.groups.items():
+            state = self._adam.state[group.master.weight]
+            moments |= {f"{name}::mean": state["exp_avg"], f"{name}::square": state["exp_avg_sq"]}
+        return self.masters() | moments
 
     def restore_masters(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, group in self.student.groups.items():
@@ -124,9 +128,11 @@ class Distillation:
         self.student.refresh()
 
     def restore(self, tensors: Mapping[str, torch.Tensor], done: int) -> None:
-        for name in self.student.groups:
-            self._mean[name].copy_(tensors[f"{name}::mean"])
-            self._square[name].copy_(tensors[f"{name}::square"])
+        for name, group in self.student.groups.items():
+            state = self._adam.state[group.master.weight]
+            state["exp_avg"].copy_(tensors[f"{name}::mean"])
+            state["exp_avg_sq"].copy_(tensors[f"{name}::square"])
+            state["step"].fill_(done)
         self.restore_masters(tensors)
         self.done = done
 
@@ -135,14 +141,23 @@ class Distillation:
         width = int(getattr(self.student.model.config, "vocab_size", 1))
         return max(1, PART_ELEMENTS // (width * ids.shape[1]))
 
-    def _loss(self, outputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return (distance if self.student.spec.task == "encoder" else divergence)(outputs, wanted)
+    def _loss(
+        self, outputs: torch.Tensor, wanted: torch.Tensor, temperatures: tuple[float, ...] = (1.0,)
+    ) -> torch.Tensor:
+        if self.student.spec.task == "encoder":
+            return distance(outputs, wanted)
+        return divergence(outputs, wanted, temperatures)
 
     def _part_end_to_end(self, ids: torch.Tensor, share: float) -> float:
-        with self.student.teaching():
+        """Its loss is that of the outputs; hidden states pull too, each by its relative error."""
+        states: list[torch.Tensor] = []
+        apart: list[torch.Tensor] = []
+        with self.student.teaching(), _hooked(self._blocks, lambda _, output: states.append(output)):
             wanted = self.student.outputs(ids)
-        loss = self._loss(self.student.outputs(ids), wanted) * share
-        loss.backward()
+        with _hooked(self._blocks, lambda index, output: apart.append(distance(output, states[index]))):
+            loss = self._loss(self.student.outputs(ids), wanted, TEMPERATURES) * share
+        pull = torch.stack(apart).sum() * share if apart else loss.new_zeros(())
+        (loss + pull).backward()
         return float(loss.detach())
 
     def _part_by_block(self, ids: torch.Tensor, share: float) -> float:
@@ -167,18 +182,25 @@ class Distillation:
 
     @torch.no_grad()
     def _move(self, rate: float) -> None:
-        """One Adam step (arXiv 1412.6980) of every master, which takes up its gradient."""
-        first, second = _BETAS
-        correction = math.sqrt(1 - second ** (self.done + 1)) / (1 - first ** (self.done + 1))
-        for name, group in self.student.groups.items():
-            gradient, mean, square = group.gradient, self._mean[name], self._square[name]
+        """One step of every master that learns, which takes up its gradient."""
+        for (name, group), own in zip(self.student.groups.items(), self._adam.param_groups, strict=True):
             if group.master.keep is not None:
-                gradient.mul_(group.master.keep)
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            size = rate * self._typical[name] * correction
-            group.master.weight.addcdiv_(mean, square.sqrt().add_(1e-12), value=-size)
-            gradient.zero_()
+                group.gradient.mul_(group.master.keep)
+            own["lr"] = rate * self._typical[name]
+            group.master.weight.grad = group.gradient
+        self._adam.step()
+        for group in self.student.groups.values():
+            group.gradient.zero_()
+
+
+def _adam(student: Student) -> torch.optim.Adam:
+    """Adam (arXiv 1412.6980), a parameter group for each layer group; its state is there from the start."""
+    weights = [group.master.weight for group in student.groups.values()]
+    adam = torch.optim.Adam([{"params": [weight]} for weight in weights], 0.0, _BETAS, 1e-12, fused=True)
+    for weight in weights:
+        state = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        adam.state[weight] = {"step": torch.zeros((), device=weight.device), **state}
+    return adam
 
 
 def _blocks(student: Student) -> list[nn.Module]:
