@@ -20,10 +20,13 @@ class Attention:
 
     def cache_bytes(self, context: int, batch: int, width_bytes: int) -> int:
         """Of keys and values of so many positions of `batch` sequences."""
+        return self.cached_rows(context, batch) * self.width * width_bytes
+
+    def cached_rows(self, context: int, batch: int) -> int:
+        """How many heads' keys and values are kept, of `width` numbers each."""
         if not self.causal:
             return 0
-        kept = sum(min(context, window or context) for window in self.windows)
-        return 2 * kept * self.key_heads * self.width * width_bytes * batch
+        return 2 * sum(min(context, window or context) for window in self.windows) * self.key_heads * batch
 
     def operations(self, new: int, context: int, batch: int) -> int:
         """Of scores and weighted sums for the last `new` of `context` positions, a multiply-add counted as two."""

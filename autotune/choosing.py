@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from autotune import finalists, planning, recompress
+from autotune.cache_choice import cache_bytes
 from autotune.certify import Certificate
 from autotune.config import RunConfig
 from autotune.decide import configuration, decode_certificate
 from autotune.errors import InfeasibleError, InputError, UsageError
 from autotune.finalists import Point, front_ratio
 from autotune.finished import reload
+from autotune.kernels.kv_formats import format_of
 from autotune.result import Result
 from autotune.search.front import fits
-from autotune.search.problem import Budget
+from autotune.search.problem import Budget, Candidate
 from autotune.session import Session
 from autotune.store import locked, read_json
 
@@ -75,9 +77,8 @@ def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | Non
     assert problem is not None and front is not None
     limit = session.search_limit if max_loss is None else _limit(session, max_loss)
     memory = max_memory_bytes if max_memory_bytes is not None else session.config.max_memory_bytes
-    budget = Budget(limit, memory)
     ratio = front_ratio(front, limit)
-    feasible = [candidate for candidate in front.candidates if fits(candidate, budget, ratio)]
+    feasible = [c for c in front.candidates if fits(c, Budget(limit, _room(result, c, memory)), ratio)]
     if not feasible:
         nearest = min(front.candidates, key=lambda candidate: candidate.weight_bytes)
         what = f"the smallest has {nearest.weight_bytes:,} bytes, loss {nearest.evaluation.dnll_nats:.2e} nats"
@@ -85,6 +86,15 @@ def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | Non
     best = min(feasible, key=lambda candidate: candidate.latency_us)
     named = {point.candidate.genotype: point for point in result.points}
     return named.get(best.genotype, Point(best.source, best, False))
+
+
+def _room(result: Result, candidate: Candidate, memory: int | None) -> int | None:
+    """For the weights, where the run was searched without a bound on memory: its candidates' bytes lack the cache."""
+    if memory is None or result.session.config.max_memory_bytes is not None:
+        return memory
+    assert result.problem is not None
+    kept = format_of(configuration(result.problem, candidate.genotype))
+    return memory - cache_bytes(result.session).get(kept, 0)
 
 
 def _limit(session: Session, max_loss: float) -> float:

@@ -46,7 +46,9 @@ def tune(
     max_loss: Annotated[str, typer.Option(help="Allowed rise of perplexity on held-out documents.")] = "1%",
     target: Annotated[str, typer.Option(help="auto (this machine), a profile's name, or a YAML file.")] = "auto",
     workload: Annotated[str, typer.Option(help="chat, decode, prefill, or batch,prompt,generated.")] = "chat",
-    max_memory: Annotated[str | None, typer.Option(help="Bound on the weights' bytes, such as 4GiB.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Bound on the bytes of weights and KV cache, such as 4GiB.")
+    ] = None,
     min_speedup: Annotated[
         float | None, typer.Option(help="Fail unless the plan is this much faster than dense.")
     ] = None,
@@ -71,6 +73,7 @@ def tune(
         str | None,
         typer.Option(help="auto (by layer error), joint, signround, wanda, hwpq, magnitude; with --fast wanda."),
     ] = None,
+    kv_cache: Annotated[str, typer.Option(help="bf16 (as the model is run), int8, fp8, or auto: searched.")] = "bf16",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the checkpoint's.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting of config.yaml, KEY=VALUE.")
@@ -90,6 +93,7 @@ def tune(
         "workload": workload,
         "data": str(data) if data else None,
         "dtype": dtype,
+        "kv_cache": kv_cache,
         "schemes": tuple(name.strip() for name in schemes.split(",")) if schemes else None,
         "seed": seed,
         "minutes": minutes,

@@ -33,6 +33,7 @@ class RunConfig(BaseModel):
     trials: int = Field(default=40, ge=0)
     minutes: float | None = Field(default=None, gt=0)
     fast: bool = False
+    kv_cache: str = Field(default="bf16", pattern="^(bf16|int8|fp8|auto)$")  # bf16: as the model is run; auto: searched
     compression: str = "auto"  # a method of `compress.methods`; not given, `fast` takes one without a Hessian
     recompress: bool = True  # finalists, for the inputs they really get; not given, not where no Hessian is taken
     smoothing: str = "auto"  # of inputs, before compression: off, awq, smoothquant, or either where it helps

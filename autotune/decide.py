@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from autotune import verify
+from autotune import cache_choice, verify
+from autotune.cache_choice import CacheChoice
 from autotune.certify import Bound, Certificate, certify
 from autotune.finalists import Point, search_budget
+from autotune.kernels.kv_formats import GROUP
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.latency_model import Calibration, uniform_configurations
 from autotune.models import LOOK_SHARES, Models
@@ -37,15 +39,36 @@ from autotune.verify import EndToEnd
 
 
 def build_problem(
-    session: Session, space: SearchSpace, table: LatencyTable, losses: LossTable | None, calibration: Calibration
+    session: Session,
+    space: SearchSpace,
+    table: LatencyTable,
+    losses: LossTable | None,
+    calibration: Calibration,
+    cache: CacheChoice | None = None,
 ) -> Problem:
-    """The tables joined into what the search sees."""
+    """The tables joined into what the search sees; the KV cache is the last group, where it is a choice."""
     groups = []
     for group in session.spec.groups:
         names = [entry.scheme for entry in space.schemes(group.name)]
         options = tuple(_option(session, group, name, table, losses, calibration) for name in names)
         groups.append(GroupOptions(group.name, group.role, group.layer, options))
-    return Problem(tuple(groups), calibration.total_rest_us, session.spec.kept_bytes)
+    rest_us, settled = calibration.total_rest_us, False
+    if cache is not None:
+        item, rest_us = cache_choice.options(session, cache, rest_us)
+        settled = cache.named
+        groups.append(item)
+    return Problem(tuple(groups), rest_us, session.spec.kept_bytes, ((len(groups) - 1, 1),) if settled else ())
+
+
+def of_layers(problem: Problem, genotype: Genotype) -> list[tuple[GroupOptions, Option]]:
+    """Layer groups and what they got."""
+    pairs = zip(problem.groups, problem.chosen(genotype), strict=True)
+    return [(group, option) for group, option in pairs if group.name != GROUP]
+
+
+def weight_bytes(problem: Problem, genotype: Genotype) -> int:
+    """Without the cache's, which are counted where memory is budgeted."""
+    return problem.fixed_bytes + sum(option.weight_bytes for _, option in of_layers(problem, genotype))
 
 
 def _option(
@@ -127,7 +150,9 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
 
 def outer_choices(problem: Problem) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Choices that are not one group's own: name -> the sets of compressed schemes it may allow everywhere."""
-    names = sorted({option.scheme for group in problem.groups for option in group.options[1:]})
+    layers = [group for group in problem.groups if group.name != GROUP]
+    names = sorted({option.scheme for group in layers for option in group.options[1:]})
+    formats = tuple(o.scheme for group in problem.groups if group.name == GROUP for o in group.options[1:])
     sizes = {name: scheme(name).weight.group_size for name in names}
     quantizing = {name for name in names if scheme(name).activation is not None}
     choices: dict[str, tuple[tuple[str, ...], ...]] = {}
@@ -137,6 +162,10 @@ def outer_choices(problem: Problem) -> dict[str, tuple[tuple[str, ...], ...]]:
         choices["scale_group"] = (tuple(names), *single)
     if quantizing and len(quantizing) < len(names):
         choices["activations"] = (tuple(names), tuple(n for n in names if n not in quantizing))
+    if formats:
+        choices = {name: tuple((*subset, *formats) for subset in subsets) for name, subsets in choices.items()}
+    if formats and not problem.settled:
+        choices[GROUP] = ((*names, *formats), tuple(names))
     return choices
 
 
@@ -171,6 +200,7 @@ def _latency_only_front(problem: Problem, budget: Budget) -> Front:
     names = sorted({o.scheme for g in problem.groups for o in g.options} - {problem.groups[0].options[0].scheme})
     genotypes |= {f"uniform {name}": problem.uniform(name) for name in names}
     genotypes["fastest"] = solve(latencies, latencies, math.inf, sizes if limit is not None else None, limit)
+    genotypes = {name: problem.settle(genotype) for name, genotype in genotypes.items()}
     empty = Evaluation((1.0,), (0.0,), (0.0,))
     unique = {genotype: source for source, genotype in reversed(genotypes.items())}
     candidates = sorted(
@@ -187,7 +217,8 @@ def measure_points(session: Session, problem: Problem, points: Sequence[Point], 
     """End-to-end latency of every point, and of what a fit needs, in one run; None where nothing can be run."""
     if not models.runs:
         return None
-    available = {group.name: [option.scheme for option in group.options] for group in problem.groups}
+    layers = [group for group in problem.groups if group.name != GROUP]
+    available = {group.name: [option.scheme for option in group.options] for group in layers}
     configurations = uniform_configurations(session.spec, available)
     configurations |= {point.name: configuration(problem, point.candidate.genotype) for point in points}
     progress = session.progress("verify")

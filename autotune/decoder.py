@@ -5,14 +5,13 @@ attention, a gated MLP with SiLU, two residual sums. Whether a layer is of it is
 numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts, masks, other
 caches, training, hooks and `torch.compile` go to transformers' own code.
 
-Keys and values are kept in buffers with room to grow, behind the cache's own tensors, which are views of what is
-filled. A model serves one thread at a time.
+Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow, behind the cache's own tensors,
+which are views of what is filled. A model serves one thread at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +19,10 @@ import torch
 from torch import nn
 
 from autotune.kernels.cpu import decoder as native
+from autotune.kernels.kv_formats import NATIVE, decode, row_bytes
 from autotune.kernels.linear import Alternative, FusedGroup, GroupSlice
 from autotune.kernels.norm import FusedRMSNorm
+from autotune.kv_cache import Keeping, coded_format, is_growing
 
 _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
@@ -114,6 +115,8 @@ class OneToken:
         ready = self._prepared(x)
         if ready is None or not (_fit(angles[0], angles[1], x) and _holds(ready.layer, kept, x, angles[0].shape[2])):
             return None
+        if coded_format(kept) != _wanted(self.layer):  # the slow way makes it so
+            return None
         if self._trusted is None:
             return None if None in ready.choices else self._try(ready, x, angles, kept, given)
         room = _with_room(kept)
@@ -132,10 +135,10 @@ class OneToken:
     def _try(self, ready: _Ready, x: torch.Tensor, angles: Any, kept: Any, given: dict[str, Any]) -> torch.Tensor:
         """Both ways, the native one on copies; the layer's own answer is returned."""
         position = kept.keys.shape[2]
-        room = _Room(_grown(kept.keys, position + 1), _grown(kept.values, position + 1), position)
+        room = _Room(_grown(kept.keys, position + 1), _grown(kept.values, position + 1), position, coded_format(kept))
         fast = self._run(ready, x, angles, room)
         slow = self._slow(x, **given)
-        pairs = ((fast - x, slow - x), (room.keys, kept.keys), (room.values, kept.values))
+        pairs = ((fast - x, slow - x), *room.beside(kept))
         if bool(slow.isfinite().all()):  # else the question stays open
             self._trusted = all(_alike(a, b) for a, b in pairs)
         return slow
@@ -148,7 +151,7 @@ class OneToken:
         tokens.cosines, tokens.sines = cosines.data_ptr(), sines.data_ptr()
         tokens.rotary, tokens.rotary_stride = cosines.shape[-1], cosines.stride(0) if cosines.shape[0] > 1 else 0
         tokens.keys, tokens.values = room.keys.data_ptr(), room.values.data_ptr()
-        tokens.capacity, tokens.position = room.keys.shape[2], room.filled
+        tokens.capacity, tokens.position, tokens.kept = room.keys.shape[2], room.filled, NATIVE[room.coded]
         if native.step(ready.layer, tokens, torch.get_num_threads()):
             raise next(errors.pop() for errors in ready.failed if errors)
         return y
@@ -261,18 +264,17 @@ def _product(
     return product
 
 
-@functools.cache
-def _growing() -> Any:
-    from transformers.cache_utils import DynamicLayer
-
-    return DynamicLayer
+def _wanted(layer: Any) -> str | None:
+    """The format that the layer's keys and values are to be kept in."""
+    forward = layer.self_attn.forward
+    return forward.name if isinstance(forward, Keeping) else None
 
 
 def _kept(cache: Any, index: int) -> Any:
     """The cache's layer, if it is one that grows and already holds something; else None."""
     layers = getattr(cache, "layers", ())
     kept: Any = layers[index] if index < len(layers) else None
-    if type(kept) is not _growing() or not kept.is_initialized:
+    if not is_growing(kept) or not kept.is_initialized:
         return None
     return kept if kept.keys.dim() == 4 and kept.keys.shape[2] and kept.keys.shape == kept.values.shape else None
 
@@ -293,9 +295,12 @@ def _fit(cosines: torch.Tensor, sines: torch.Tensor, x: torch.Tensor) -> bool:
 
 def _holds(layer: native.Layer, kept: Any, x: torch.Tensor, rotary: int) -> bool:
     """The cache is of these sequences and of this layer's heads: the native call asks no more."""
-    sequences, heads, _, width = kept.keys.shape
-    same = kept.keys.dtype == kept.values.dtype == x.dtype and kept.keys.device == kept.values.device == x.device
-    return same and (sequences, heads, width) == (x.shape[0], layer.key_heads, layer.width) and rotary <= width
+    sequences, heads, _, elements = kept.keys.shape
+    coded = coded_format(kept)
+    dtype = x.dtype if coded is None else torch.int8
+    same = kept.keys.dtype == kept.values.dtype == dtype and kept.keys.device == kept.values.device == x.device
+    row = row_bytes(coded, layer.width, 1)
+    return same and (sequences, heads, elements) == (x.shape[0], layer.key_heads, row) and rotary <= layer.width
 
 
 def _with_room(kept: Any) -> _Room:
@@ -308,23 +313,33 @@ def _with_room(kept: Any) -> _Room:
     if room is None or kept.keys is not room.shown_keys or kept.values is not room.shown_values or room.full:
         filled = kept.keys.shape[2]
         capacity = filled + max(_ROOM, filled // 2)
-        room = kept._autotune_room = _Room(_grown(kept.keys, capacity), _grown(kept.values, capacity), filled)
+        keys, values = _grown(kept.keys, capacity), _grown(kept.values, capacity)
+        room = kept._autotune_room = _Room(keys, values, filled, coded_format(kept))
     return room
 
 
 @dataclass
 class _Room:
-    """Keys and values (sequences, key heads, capacity, width) of a cache layer, `filled` so far, and what it shows."""
+    """Keys and values (sequences, key heads, capacity, width or row of codes) of a cache layer, `filled` so far, and
+    what it shows."""
 
     keys: torch.Tensor
     values: torch.Tensor
     filled: int
+    coded: str | None
     shown_keys: torch.Tensor | None = None
     shown_values: torch.Tensor | None = None
 
     @property
     def full(self) -> bool:
         return self.filled == self.keys.shape[2]
+
+    def beside(self, kept: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Its numbers beside those of a cache layer."""
+        pairs = ((self.keys, kept.keys), (self.values, kept.values))
+        if self.coded is None:
+            return list(pairs)
+        return [(decode(a, self.coded, torch.float32), decode(b, self.coded, torch.float32)) for a, b in pairs]
 
     def show(self, kept: Any) -> None:
         """One position more was filled."""

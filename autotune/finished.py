@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import decide, smooth, tables
+from autotune import cache_choice, decide, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.models import Models
@@ -39,7 +39,8 @@ def reload(run: Path) -> Result:
         result.losses = tables.loss_table(session, space, models)
         result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
     result.calibration = tables.calibrate_latency(session, space, table, models)
-    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
+    result.cache = cache_choice.choice(session, models, cache_choice.losses(session, models))
+    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration, result.cache)
     result.front = decode_front(read_json(folder.path / "front.json", "run"))
     return result
 
@@ -49,5 +50,5 @@ def with_lossy(result: Result) -> Result:
     session, table = result.session, result.table
     assert result.calibration is not None
     space = tables.prune_space(session, tables.build_space(session), table)
-    problem = decide.build_problem(session, space, table, result.losses, result.calibration)
+    problem = decide.build_problem(session, space, table, result.losses, result.calibration, result.cache)
     return replace(result, space=space, problem=problem)

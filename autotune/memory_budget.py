@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autotune import cache_choice
 from autotune.errors import InfeasibleError
 from autotune.kernels.spec import KERNELS
 from autotune.profilers.memory import model_bytes, weight_bytes
@@ -20,6 +21,8 @@ def check(session: Session, space: SearchSpace) -> None:
     if limit is None:
         return
     least = model_bytes(session.spec, {group.name: _smallest(session, space, group) for group in session.spec.groups})
+    kept = cache_choice.least_bytes(session)
+    least += kept
     if least <= limit:
         return
     names = [item.name for item in _would_fit(session, limit)]
@@ -27,8 +30,9 @@ def check(session: Session, space: SearchSpace) -> None:
         f"no configuration has {limit / 2**20:.2f} MiB; the nearest is {least / 2**20:.2f} MiB, the smallest searched."
     )
     if not names:
-        kept = session.spec.kept_bytes / 2**20
-        hint = f"No scheme is small enough: {kept:.2f} MiB are tensors that none of them touches."
+        fixed = f"{session.spec.kept_bytes / 2**20:.2f} MiB are tensors that none of them touches"
+        cache = f", {kept / 2**20:.2f} MiB the KV cache of the workload" if kept else ""
+        hint = f"No scheme is small enough: {fixed}{cache}."
         raise InfeasibleError("search.infeasible", what, hint)
     more = f" ({len(names) - _NAMED} others too)" if len(names) > _NAMED else ""
     hint = f"These would do, slower than dense where they save memory only{more}: {', '.join(names[:_NAMED])}. "
@@ -55,6 +59,6 @@ def _would_fit(session: Session, limit: int) -> list[Scheme]:
             answer = legality(item, group, dense, session.target, KERNELS, session.local, for_memory=True)
             tied = group.role == "lm_head" and session.spec.tied_embeddings
             plan[group.name] = item.name if answer.usable and not tied else dense
-        if model_bytes(session.spec, plan) <= limit:
+        if model_bytes(session.spec, plan) + cache_choice.least_bytes(session) <= limit:
             found.append(item)
     return sorted(found, key=lambda item: -item.bits_per_weight)

@@ -141,6 +141,16 @@ class Provenance(_Strict):
     trials: int
 
 
+class KVCache(_Strict):
+    """Where the KV cache was a choice: what became of it. Bytes are of the workload's largest request."""
+
+    reason: str
+    cache_bytes: int
+    dense_cache_bytes: int
+    loss_nats: float | None  # measured KL of the format alone
+    formats: tuple[str, ...] = Field(description="that were searched beside the model's own dtype")
+
+
 class Recovery(_Strict):
     """Training after compression: groups whose codes are not those of the database but what trained weights round to.
     Their predicted losses are empty, because the loss table is of the codes before."""
@@ -191,17 +201,18 @@ class Plan(_Strict):
     groups: tuple[GroupEntry, ...]
     tensors: tuple[TensorEntry, ...]
     kept: tuple[KeptEntry, ...]
-    kv_cache: str | None = Field(default=None, description="None: the model's own dtype")
+    kv_cache: Literal["int8", "fp8"] | None = Field(default=None, description="None: the model's own dtype")
     prediction: Prediction
     provenance: Provenance
     recovery: Recovery | None = Field(default=None, description="None: compressed only, and then not written")
     smoothing: Smoothing | None = Field(default=None, description="None: nothing was scaled; not written")
     recompression: Recompression | None = Field(default=None, description="None: as the database has it; not written")
+    cache: KVCache | None = Field(default=None, description="None: the cache was no choice, and then not written")
 
     @model_serializer(mode="wrap")
     def _without_what_was_not_done(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        for name in ("recovery", "smoothing", "recompression"):
+        for name in ("recovery", "smoothing", "recompression", "cache"):
             if values[name] is None:  # plans made before it was known keep their digest
                 del values[name]
         return values

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Literal, cast
 
-from autotune import __version__
+from autotune import __version__, cache_choice
+from autotune.cache_choice import CacheChoice
 from autotune.compress.database import WeightDatabase
 from autotune.compress.sequential import METHOD, Files
-from autotune.decide import configuration
+from autotune.decide import configuration, of_layers, weight_bytes
 from autotune.finalists import Point
 from autotune.folding import Fold
+from autotune.kernels.kv_formats import format_of
 from autotune.kernels.spec import kernel as kernel_named
 from autotune.kernels.spec import kernel_hash
 from autotune.plan import (
     GroupEntry,
     KeptEntry,
+    KVCache,
     Limits,
     ModelRef,
     Plan,
@@ -44,8 +48,10 @@ def build_plan(result: Result, point: Point) -> Plan:
     assert problem is not None and result.front is not None
     spec, config = session.spec, session.config
     chosen = configuration(problem, point.candidate.genotype)
-    options = dict(zip((g.name for g in problem.groups), problem.chosen(point.candidate.genotype), strict=True))
-    reasons = {g.name: why(g, options[g.name], space) for g in problem.groups}
+    layers = of_layers(problem, point.candidate.genotype)
+    kept = format_of(chosen)
+    options = {group.name: option for group, option in layers}
+    reasons = {group.name: why(group, option, space) for group, option in layers}
     notes = {group.name: expert_notes(result, group.name, chosen[group.name]) for group in spec.groups}
     has_loss = not config.latency_only
     plan = Plan(
@@ -66,17 +72,19 @@ def build_plan(result: Result, point: Point) -> Plan:
             max_memory_bytes=config.max_memory_bytes,
             min_speedup=config.min_speedup,
         ),
-        schemes={name: SchemeSpec.of(name) for name in sorted(set(chosen.values()))},
+        schemes={name: SchemeSpec.of(name) for name in sorted({option.scheme for option in options.values()})},
         groups=tuple(_group(group, options[group.name], has_loss, len(notes[group.name])) for group in spec.groups),
         tensors=tuple(e for g in spec.groups for e in _tensors(g, chosen, reasons, spec.dtype, notes[g.name])),
         kept=tuple(KeptEntry(tensor=t.tensor, shape=t.shape, reason=t.reason) for t in spec.kept),
+        kv_cache=cast(Literal["int8", "fp8"] | None, kept),
+        cache=None if result.cache is None else _cache(result.cache, kept, has_loss),
         prediction=Prediction(
             latency_us=point.candidate.latency_us,
             dense_latency_us=problem.latency_us(problem.dense),
             loss_nats=point.candidate.predicted_loss_nats if has_loss else None,
             search_kl_nats=point.candidate.evaluation.kl_nats if has_loss else None,
-            weight_bytes=point.candidate.weight_bytes,
-            dense_weight_bytes=problem.weight_bytes(problem.dense),
+            weight_bytes=weight_bytes(problem, point.candidate.genotype),
+            dense_weight_bytes=weight_bytes(problem, problem.dense),
         ),
         provenance=Provenance(
             latency_table=result.table.hash,
@@ -116,6 +124,17 @@ def recompressed(plan: Plan, files: Files, database: WeightDatabase) -> Plan:
     )
     about = Recompression(method=METHOD, groups=groups, weights=weights)
     return plan.model_copy(update={"tensors": reasons, "recompression": about})
+
+
+def _cache(found: CacheChoice, chosen: str | None, has_loss: bool) -> KVCache:
+    item = found.of(chosen)
+    return KVCache(
+        reason=cache_choice.why(found, chosen),
+        cache_bytes=item.cache_bytes,
+        dense_cache_bytes=found.formats[0].cache_bytes,
+        loss_nats=item.loss_nats if has_loss else None,
+        formats=tuple(other.name for other in found.formats if other.name is not None),
+    )
 
 
 def recovered(plan: Plan, recovery: Recovery) -> Plan:

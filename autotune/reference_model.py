@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from autotune.compress.database import WeightDatabase, scheme_of
+from autotune.kernels.kv_formats import format_of
 from autotune.kernels.reference import dequantize, quantize_activations
+from autotune.kv_cache import keep_as
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import NumberFormat, scheme
 
@@ -58,6 +60,7 @@ class ReferenceModel:
         self.spec = spec
         self.database = database
         self._current: dict[str, str] = {}
+        self._kv_cache: str | None = None
         self._cache: dict[tuple[str, str], torch.Tensor] = {}
         self.layers: dict[str, tuple[ReferenceLinear, ...]] = {}
         for group in spec.groups:
@@ -82,7 +85,10 @@ class ReferenceModel:
         return sum(group.weights for group in self.spec.groups) * self.dtype.itemsize
 
     def select(self, configuration: Mapping[str, str]) -> None:
-        """Set every group to the named scheme; groups not named become dense."""
+        """Set every group, and the KV cache, to the named scheme; what is not named becomes dense."""
+        if self._kv_cache != format_of(configuration):
+            self._kv_cache = format_of(configuration)
+            keep_as(self.model, self._kv_cache)
         for group in self.spec.groups:
             name = configuration.get(group.name, self.spec.dtype)
             if self._current[group.name] != name:

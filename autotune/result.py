@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.cache_choice import CacheChoice
 from autotune.certify import Certificate
 from autotune.compress.database import WeightDatabase
 from autotune.compress.smoothing import Choice
@@ -29,6 +30,7 @@ class Result:
     losses: LossTable | None = None
     floor_nats: float | None = None  # KL that the arithmetic of losses costs by itself; None: fp32, or not measured
     calibration: Calibration | None = None
+    cache: CacheChoice | None = None  # None: the KV cache is kept as the model is run, and not counted
     problem: Problem | None = None
     front: Front | None = None
     points: tuple[Point, ...] = ()

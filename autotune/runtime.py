@@ -29,6 +29,7 @@ from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
+from autotune.kv_cache import keep_as
 from autotune.place import device_of
 from autotune.plan import Plan
 from autotune.search_space.schemes import scheme
@@ -78,6 +79,7 @@ def apply(model: nn.Module, plan: Plan | Path | str, weights: Path | str | None 
     for name, group in groups.items():
         _install(model, loaded, name, group, _group_weight(loaded, name, tensors, model), dtype)
     quicken(model)
+    keep_as(model, loaded.kv_cache)
     keep_large_blocks()
     return model
 
@@ -114,6 +116,7 @@ def load(folder: Path | str) -> nn.Module:
     for name in [name for name in groups if _is_tied_dense(plan, name)]:
         _install(model, plan, name, groups[name], _group_weight(plan, name, tensors, model), dtype)
     quicken(model)
+    keep_as(model, plan.kv_cache)
     keep_large_blocks()
     return model.requires_grad_(False).eval()
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from autotune import runtime
 from autotune.compress.database import WeightDatabase, scheme_of, stacked_bias, stacked_weight
+from autotune.kernels.kv_formats import format_of
 from autotune.kernels.linear import ZEROS, FusedGroup, alternative, install
 from autotune.kernels.reference import random_weight
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
+from autotune.kv_cache import keep_as
 from autotune.model import OpenModel, load_model
 from autotune.passes import StaticRequest
 from autotune.place import CPU, Place
@@ -52,11 +54,15 @@ class SwitchableModel:
         self.place = place
         self._resident, self._generated = resident, generated
         self._packers = dict(packers or {})
+        self._kv_cache: str | None = None
         self._requests: dict[tuple[int, int], StaticRequest] = {}
         self._recorded: dict[tuple[object, ...], Replayable] = {}
 
     def select(self, configuration: Mapping[str, str]) -> None:
-        """Group -> scheme (or `ZEROS`); groups not named become dense."""
+        """Group -> scheme (or `ZEROS`), and the KV cache's format; what is not named becomes dense."""
+        if self._kv_cache != format_of(configuration):
+            self._kv_cache = format_of(configuration)
+            keep_as(self.model, self._kv_cache)
         for group in self.spec.groups:
             wanted = configuration.get(group.name, self.spec.dtype)
             for part in group.parts:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from autotune import decide, finalists, planning, recompress, smooth, tables
+from autotune import cache_choice, decide, finalists, planning, recompress, smooth, tables
 from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.kernels.allocator import keep_large_blocks
@@ -47,6 +47,7 @@ def tune(
 
 def _stages(session: Session, until: str, stop: threading.Event) -> Result:
     folder, config, report = session.folder, session.config, session.report
+    cache_choice.named(session)  # what cannot be is said before anything is measured
     space = tables.build_space(session)
     table = tables.profile(session, space)
     space = tables.prune_space(session, space, table)
@@ -62,13 +63,16 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         result.losses = tables.loss_table(session, space, models)
         result.space = models.space = space = tables.prune_losses(session, space, table, result.losses)
         result.floor_nats = tables.arithmetic_floor(session, models)
+    cache_losses = cache_choice.losses(session, models)
+    if not config.latency_only:
         models.done_with_losses()
     if until == "score":
         return result
 
     result.calibration = tables.calibrate_latency(session, space, table, models)
+    result.cache = cache_choice.choice(session, models, cache_losses)
     models.done_with_kernels()
-    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration)
+    result.problem = decide.build_problem(session, space, table, result.losses, result.calibration, result.cache)
     result.front = decide.run_search(session, result.problem, models, stop.is_set)
     result.points = _points(result, models)
     if until == "search":

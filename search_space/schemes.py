@@ -153,6 +153,9 @@ MORE: tuple[Scheme, ...] = (
 _BY_NAME = {scheme.name: scheme for scheme in (*SCHEMES, *MORE)}
 
 
+CACHE = "kv-"  # how names begin that are no schemes of weights, but formats of the KV cache
+
+
 def scheme(name: str) -> Scheme:
     """Look a scheme up by name.
 

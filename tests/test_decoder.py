@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from native import NATIVE
+from native import AVX2, NATIVE
 
 from autotune import decoder, runtime
 from autotune.decoder import OneToken, fuse_decoder_layers
@@ -376,10 +376,13 @@ def test_without_a_compiler_nothing_is_changed(monkeypatch):
     assert not any(isinstance(step, OneToken) for step in steps(made))
 
 
-def test_sanitizers_find_nothing_in_the_native_layer(tmp_path):
-    """Buffers of exactly the size needed, odd sizes, and the exponential against the library's."""
+@pytest.mark.parametrize("instructions", [NATIVE, AVX2], ids=["native", "avx2"])
+def test_sanitizers_find_nothing_in_the_native_layer(tmp_path, instructions):
+    """Buffers of exactly the size needed, odd sizes, every code of a cache, and the exponential by the library's."""
+    if instructions is AVX2 and "avx2" not in FEATURES:
+        pytest.skip("this CPU lacks avx2")
     program, source = tmp_path / "harness", Path(__file__).with_name("decoder_harness.cpp")
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *NATIVE, f"-I{build_module.FOLDER}"]
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *instructions, f"-I{build_module.FOLDER}"]
     command = [*shlex.split(compiler() or "c++"), *flags, str(source), "-o", str(program)]
     made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if made.returncode and "sanitize" in made.stderr:

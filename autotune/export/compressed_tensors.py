@@ -75,8 +75,6 @@ def check(saved: SavedModel) -> None:
     Raises:
         InputError: `export.unsupported`, naming the group.
     """
-    if saved.plan.kv_cache is not None:
-        raise InputError("export.unsupported", f"a {saved.plan.kv_cache} KV cache is not exported yet.")
     for group in saved.groups:
         if layout(group.scheme) is None and not is_plain(group.scheme):
             hint = (
@@ -142,7 +140,7 @@ def _config(saved: SavedModel) -> tuple[dict[str, Any], tuple[str, ...]]:
     config = read_json(saved.source / "config.json", "export")
     if "quantization_config" in config:
         raise InputError("export.unsupported", "the original model is quantized already.")
-    notes = [_note_sparse(saved)]
+    notes = [_note_sparse(saved), _note_cache(saved)]
     dtype = _DTYPE_NAMES[saved.plan.model.dtype]
     if config.get("dtype", config.get("torch_dtype")) != dtype:
         config.pop("torch_dtype", None)
@@ -162,6 +160,17 @@ def _config(saved: SavedModel) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _is_untied(saved: SavedModel) -> bool:
     roles = {group.name: group.role for group in saved.plan.groups}
     return any(roles[g.name] == "lm_head" and g.members[0].weight is not None for g in saved.groups)
+
+
+def _note_cache(saved: SavedModel) -> str:
+    """Engines that read `kv_cache_scheme` take fp8 with one scale a tensor only, which is another arithmetic."""
+    kept = saved.plan.kv_cache
+    if kept is None:
+        return ""
+    return (
+        f"The plan keeps keys and values in {kept} with a scale for each head of each token, for which the format has "
+        "no field that engines read: it is not carried, and the certificate does not hold for theirs."
+    )
 
 
 def _note_sparse(saved: SavedModel) -> str:

@@ -9,6 +9,7 @@ from autotune.decide import configuration
 from autotune.errors import InfeasibleError, InputError
 from autotune.finalists import nearest_candidate
 from autotune.finished import with_lossy
+from autotune.kernels.kv_formats import GROUP
 from autotune.plan import Plan
 from autotune.result import Result
 from autotune.search.problem import Candidate, Evaluation, Genotype, Problem
@@ -37,6 +38,7 @@ def find(result: Result, run: Path, wanted: str | None) -> tuple[Result, str, di
         name, chosen = wanted, configuration(wide.problem, wide.problem.uniform(wanted.removeprefix("uniform ")))
     else:
         name, chosen = _point(result, wanted)
+    chosen.pop(GROUP, None)  # training sees the cache as the model is run
     dense = result.session.spec.dtype
     if all(scheme == dense for scheme in chosen.values()):
         what = f"{name} has no compressed layer group to recover."
@@ -56,10 +58,11 @@ def genotype_of(problem: Problem, chosen: dict[str, str]) -> Genotype:
     genotype = []
     for group in problem.groups:
         names = [option.scheme for option in group.options]
-        if chosen[group.name] not in names:
-            what = f"{group.name} has no {chosen[group.name]} in this run"
+        wanted = chosen.get(group.name, names[0])
+        if wanted not in names:
+            what = f"{group.name} has no {wanted} in this run"
             raise InputError("recover.nothing", f"{what}: it has {', '.join(names)}.", "Search again.")
-        genotype.append(names.index(chosen[group.name]))
+        genotype.append(names.index(wanted))
     return tuple(genotype)
 
 

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from autotune import __version__, samples
+from autotune import __version__, cache_choice, samples
 from autotune.compress.sequential import METHOD
-from autotune.decide import configuration
+from autotune.decide import configuration, of_layers, weight_bytes
 from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
 from autotune.model import load_tokenizer
@@ -49,7 +49,8 @@ def build_report(result: Result, models: Models) -> dict[str, Any]:
         "data": _data(result),
         "dense": _dense(result),
         "plan": _plan(result),
-        "schemes": dict(Counter(configuration(result.problem, result.chosen.candidate.genotype).values())),
+        "schemes": dict(Counter(o.scheme for _, o in of_layers(result.problem, result.chosen.candidate.genotype))),
+        "kv_cache": cache_choice.to_json(result.cache, result.plan.kv_cache),
         "kept_dense": _kept_dense(result),
         "smoothing": _smoothing(result),
         "recompression": _recompression(result),
@@ -134,17 +135,17 @@ def _dense(result: Result) -> dict[str, Any]:
     certificate = _certificate(result)
     return _measured(result.end_to_end, "dense") | {
         "perplexity": certificate.dense_perplexity if certificate and not _encoder(result) else None,
-        "weight_bytes": problem.weight_bytes(problem.dense),
+        "weight_bytes": weight_bytes(problem, problem.dense),
     }
 
 
 def _plan(result: Result) -> dict[str, Any]:
     chosen, certificate = result.chosen, _certificate(result)
-    assert chosen is not None
+    assert chosen is not None and result.plan is not None
     encoder = _encoder(result)
     value = _measured(result.end_to_end, chosen.name) | {
         "perplexity": certificate.perplexity if certificate and not encoder else None,
-        "weight_bytes": chosen.candidate.weight_bytes,
+        "weight_bytes": result.plan.prediction.weight_bytes,
         "predicted_latency_ms": chosen.candidate.latency_us / 1e3,
         "predicted_kl_nats": None if result.losses is None else chosen.candidate.predicted_loss_nats,
         "kl_nats": None,
@@ -216,8 +217,7 @@ def _recompression(result: Result) -> dict[str, Any] | None:
 
 def _kept_dense(result: Result) -> dict[str, str]:
     assert result.problem and result.chosen
-    options = result.problem.chosen(result.chosen.candidate.genotype)
-    pairs = zip(result.problem.groups, options, strict=True)
+    pairs = of_layers(result.problem, result.chosen.candidate.genotype)
     return {g.name: why(g, o, result.space) for g, o in pairs if o is g.options[0]}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autotune.decide import weight_bytes
 from autotune.finalists import Point
 from autotune.search.problem import Candidate
 
@@ -47,7 +48,7 @@ def _front_row(result: Result, candidate: Candidate, point: Point | None, pareto
         "measured_latency_ms": asdict(run.latency_ms) if run else None,
         "kl_nats": kl,
         "loss": None if result.losses is None else dnll if result.session.spec.task == "encoder" else math.expm1(dnll),
-        "weight_bytes": candidate.weight_bytes,
+        "weight_bytes": weight_bytes(result.problem, candidate.genotype),
         "pareto": pareto,
         "chosen": candidate.genotype == result.chosen.candidate.genotype,
         "finalist": bool(point and point.finalist),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from autotune.decide import of_layers
 from autotune.kernels.spec import KERNELS
 from autotune.planning import expert_notes, why
 from autotune.profilers import roofline
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 def group_rows(result: Result) -> list[dict[str, Any]]:
     assert result.problem and result.chosen
-    options = result.problem.chosen(result.chosen.candidate.genotype)
+    pairs = of_layers(result.problem, result.chosen.candidate.genotype)
     session = result.session
     status: Any = "runs" if session.local else "estimated"
     jobs = needed(session.spec, result.space, session.target, session.workload, KERNELS, status)
     return [
         _group(result, group, item, option, jobs)
-        for group, item, option in zip(result.session.spec.groups, result.problem.groups, options, strict=True)
+        for group, (item, option) in zip(result.session.spec.groups, pairs, strict=True)
     ]
 
 

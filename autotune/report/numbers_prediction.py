@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from autotune.decide import configuration
+from autotune.kernels.kv_formats import format_of
 from autotune.report.numbers_front import uniform_scheme
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def prediction(result: Result) -> dict[str, Any] | None:
             continue
         chosen = configuration(problem, point.candidate.genotype)
         fitted_us = result.refit.saving_us(result.table, session.spec, chosen, session.workload)
+        fitted_us += result.cache.saving_us(format_of(chosen)) if result.cache else 0.0
         searched_us = problem.latency_us(problem.dense) - point.candidate.latency_us
         savings = {"predicted_saving_ms": fitted_us / 1e3, "search_saving_ms": searched_us / 1e3}
         points.append(

@@ -157,6 +157,8 @@ def _prediction(report: Report) -> str:
 def _groups(report: Report) -> Html:
     counts = ", ".join(words.many(count, scheme) for scheme, count in report["schemes"].items())
     note = f"{counts}. Open a row for every scheme that was considered, with its time, loss and reason."
+    if cache := report.get("kv_cache"):
+        note += f" KV cache: {cache['why']}."
     title = tag("h2", "Why each group got what it got")
     kept = report["kept_dense"]
     dense = page_tables.facts(kept) if kept else Html("")

@@ -40,6 +40,8 @@ def print_summary(report: Report, console: Console, next_command: str = "autotun
     console.print(statement)
     counts = sorted(report["schemes"].items(), key=lambda item: -item[1])
     console.print(Text("Schemes: " + ", ".join(words.many(count, scheme) for scheme, count in counts)))
+    if cache := report.get("kv_cache"):
+        console.print(Text(f"KV cache: {cache['why']}"))
     console.print(Text(f"Chosen: {plan['why']}"))
     for notice in words.notices(report):
         console.print(Text(f"Note: {notice}", style="yellow"))
@@ -105,6 +107,8 @@ def _print_plan_head(plan: Plan, console: Console) -> None:
     sizes = words.change(words.size(prediction.dense_weight_bytes), words.size(prediction.weight_bytes))
     gain = prediction.dense_latency_us / prediction.latency_us if prediction.latency_us else 1.0
     console.print(Text(f"predicted {times} ({words.times(gain)}), weights {sizes}, digest {plan.digest()[:12]}"))
+    if plan.cache is not None:
+        console.print(Text(f"KV cache {plan.kv_cache or 'as the model'}: {plan.cache.reason}"))
 
 
 def print_plan_diff(plan_a: Plan, plan_b: Plan, console: Console | None = None) -> None:

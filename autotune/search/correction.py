@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from autotune.search.knapsack import Floats
 from autotune.search.problem import Genotype, Problem
-from autotune.search_space.schemes import scheme
+from autotune.search_space.schemes import CACHE, scheme
 
 MAX_FEATURES = 15  # with power, latency target and outer choices the study stays within 20 parameters
 LAYERS_PER_KNOT = 3
@@ -221,6 +221,8 @@ def _class_columns(problem: Problem, width: int) -> dict[str, Floats]:
 
 def scheme_class(name: str) -> str:
     """Weight bits, quantized activations, sparsity; empty for the dense schemes."""
+    if name.startswith(CACHE):  # its role tells it apart
+        return ""
     found = scheme(name)
     if found.is_dense:
         return ""

@@ -47,7 +47,8 @@ class Ledger:
 
     def measure(self, genotype: Genotype, source: str) -> Candidate:
         """The candidate with its loss on all search documents, or on the first of them where that is far beyond the
-        limit. A genotype met before costs nothing."""
+        limit. A genotype met before costs nothing; what is settled is put in."""
+        genotype = self.problem.settle(genotype)
         if genotype in self.candidates:
             return self.candidates[genotype]
         evaluation = self._loss(genotype)
@@ -80,6 +81,7 @@ class Ledger:
 
     def look(self, genotype: Genotype, look: int) -> Evaluation:
         """Loss on the prefix `look`. Documents already seen for this genotype are not charged again."""
+        genotype = self.problem.settle(genotype)
         if (genotype, look) not in self._seen:
             if self._should_stop is not None and self._should_stop():
                 raise Stopped

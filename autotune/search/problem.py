@@ -38,6 +38,7 @@ class Problem:
     groups: tuple[GroupOptions, ...]
     rest_us: float  # latency of everything that is not a layer group
     fixed_bytes: int  # weights that no scheme touches
+    settled: tuple[tuple[int, int], ...] = ()  # (group, option) that every genotype has but the dense one
 
     def latency_us(self, genotype: Genotype) -> float:
         return self.rest_us + sum(option.latency_us for option in self.chosen(genotype))
@@ -47,6 +48,15 @@ class Problem:
 
     def weight_bytes(self, genotype: Genotype) -> int:
         return self.fixed_bytes + sum(option.weight_bytes for option in self.chosen(genotype))
+
+    def settle(self, genotype: Genotype) -> Genotype:
+        """With what is settled; the dense genotype as it is."""
+        if genotype == self.dense:
+            return genotype
+        options = list(genotype)
+        for group, option in self.settled:
+            options[group] = option
+        return tuple(options)
 
     def chosen(self, genotype: Genotype) -> list[Option]:
         return [group.options[index] for group, index in zip(self.groups, genotype, strict=True)]

@@ -76,7 +76,7 @@ def propose(
     arms: list[Genotype] = []
     for arm in range(ARMS):
         losses = fitted.losses if arm == 0 else fitted.draw(random)
-        for genotype in moves(losses, decode.latency, incumbent.genotype):
+        for genotype in map(ledger.problem.settle, moves(losses, decode.latency, incumbent.genotype)):
             fits_bytes = room is None or ledger.problem.weight_bytes(genotype) <= room
             known = genotype in ledger.candidates or genotype in tried or genotype in arms
             if fits_bytes and not known:

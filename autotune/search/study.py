@@ -76,6 +76,8 @@ class Decoder:
 
 def decoder(problem: Problem, budget: Budget) -> Decoder:
     latency = latency_table(problem)
+    for group, option in problem.settled:
+        latency[group, np.arange(latency.shape[1]) != option] = np.inf
     table = features(problem)
     sizes = byte_table(problem)
     fastest = problem.rest_us + float(latency.min(axis=1).sum())

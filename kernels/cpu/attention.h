@@ -1,49 +1,20 @@
 // Attention of one new token over cached keys and values: softmax(scaling * q K^T) V for the query heads of a key head.
 //
 // Vectors of sixteen floats in the compilers' own notation, whatever the CPU has. Keys and values are widened once for
-// up to four query heads. Sums are fp32.
+// up to four query heads; what they are kept as (`kept.h`) says how. A row's scale enters its score, or its weight.
+// Sums are fp32.
 #pragma once
 
-#include <algorithm>
-
-#include "scalars.h"
-
-constexpr int kWide = 16;
-using Lanes = float __attribute__((vector_size(64)));
-
-inline Lanes load(const float* p) {
-    Lanes v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline Lanes load(const Half* p) {
-    using Shorts = uint16_t __attribute__((vector_size(32)));
-    using Words = uint32_t __attribute__((vector_size(64)));
-    Shorts s;
-    std::memcpy(&s, p, sizeof s);
-    return reinterpret_cast<Lanes>(__builtin_convertvector(s, Words) << 16);
-}
-
-inline float sum(Lanes v) {
-    using Half8 = float __attribute__((vector_size(32)));
-    using Half4 = float __attribute__((vector_size(16)));
-    Half8 a[2];
-    std::memcpy(a, &v, sizeof v);
-    const Half8 b = a[0] + a[1];
-    Half4 c[2];
-    std::memcpy(c, &b, sizeof b);
-    const Half4 d = c[0] + c[1];
-    return (d[0] + d[1]) + (d[2] + d[3]);
-}
+#include "kept.h"
 
 // scores[r * count + j] = q[r] . k[j] for `heads` queries, each `width` floats. Values, which are needed next, are fetched
 // to the second cache meanwhile.
-template <int heads, typename T>
-void query_keys(const float* queries, const T* keys, const T* values, int64_t count, int64_t width, float* scores) {
-    const int64_t whole = width / kWide * kWide, line = 64 / sizeof(T), ahead = 4096 / sizeof(T);
+template <int heads, typename K>
+void query_keys(const float* queries, const K* keys, const K* values, int64_t count, int64_t width, float* scores) {
+    const int64_t whole = width / kWide * kWide, line = 64 / sizeof(K), ahead = 4096 / sizeof(K);
+    const int64_t row = row_size<K>(width);
     for (int64_t j = 0; j < count; ++j) {
-        const T *key = keys + j * width, *value = values + j * width;
+        const K *key = keys + j * row, *value = values + j * row;
         for (int64_t i = 0; i < width; i += line) {
             __builtin_prefetch(key + ahead + i, 0, 2);
             __builtin_prefetch(value + i, 0, 2);
@@ -51,23 +22,31 @@ void query_keys(const float* queries, const T* keys, const T* values, int64_t co
         Lanes sums[heads] = {};
         for (int64_t i = 0; i < whole; i += kWide) {
             const Lanes k = load(key + i);
+#pragma GCC unroll 4
             for (int r = 0; r < heads; ++r) sums[r] += load(queries + r * width + i) * k;
         }
+        const float scale = row_scale(key, width);
+#pragma GCC unroll 4
+        for (int r = 0; r < heads; ++r) scores[r * count + j] = sum(sums[r]) * scale;
+        if (whole == width) continue;
         for (int r = 0; r < heads; ++r) {
-            float total = sum(sums[r]);
-            for (int64_t i = whole; i < width; ++i) total += queries[r * width + i] * wide(key[i]);
-            scores[r * count + j] = total;
+            float rest = 0.0f;
+            for (int64_t i = whole; i < width; ++i) rest += queries[r * width + i] * wide(key[i]);
+            scores[r * count + j] += rest * scale;
         }
     }
 }
 
 // out[r * width + i ..] = sum over j of scores[r][j] * v[j][i ..] over `vectors` vectors, divided by totals[r].
-template <int heads, int vectors, typename T>
-void weigh(const float* scores, const T* values, int64_t count, int64_t width, const float* totals, T* out) {
+template <int heads, int vectors, typename K, typename T>
+void weigh(const float* scores, const K* values, int64_t count, int64_t width, const float* totals, T* out) {
+    const int64_t row = row_size<K>(width);
     Lanes sums[heads][vectors] = {};
     for (int64_t j = 0; j < count; ++j)
+#pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n) {
-            const Lanes v = load(values + j * width + n * kWide);
+            const Lanes v = load(values + j * row + n * kWide);
+#pragma GCC unroll 4
             for (int r = 0; r < heads; ++r) sums[r][n] += scores[r * count + j] * v;
         }
     for (int r = 0; r < heads; ++r)
@@ -76,15 +55,22 @@ void weigh(const float* scores, const T* values, int64_t count, int64_t width, c
                 narrow(sums[r][n][lane] / totals[r], out[r * width + n * kWide + lane]);
 }
 
-template <int heads, typename T>
-void weigh_values(const float* scores, const T* values, int64_t count, int64_t width, const float* totals, T* out) {
+template <int heads, typename K, typename T>
+void weigh_values(float* scores, const K* values, int64_t count, int64_t width, const float* totals, T* out) {
+    const int64_t row = row_size<K>(width);
+    if constexpr (kCoded<K>)
+        for (int64_t j = 0; j < count; ++j) {
+            const float scale = row_scale(values + j * row, width);
+            for (int r = 0; r < heads; ++r) scores[r * count + j] *= scale;
+        }
     int64_t i = 0;
-    for (; i + 4 * kWide <= width; i += 4 * kWide) weigh<heads, 4>(scores, values + i, count, width, totals, out + i);
+    for (; i + 4 * kWide <= width; i += 4 * kWide)
+        weigh<heads, 4>(scores, values + i, count, width, totals, out + i);
     for (; i + kWide <= width; i += kWide) weigh<heads, 1>(scores, values + i, count, width, totals, out + i);
     for (; i < width; ++i)
         for (int r = 0; r < heads; ++r) {
             float total = 0.0f;
-            for (int64_t j = 0; j < count; ++j) total += scores[r * count + j] * wide(values[j * width + i]);
+            for (int64_t j = 0; j < count; ++j) total += scores[r * count + j] * wide(values[j * row + i]);
             narrow(total / totals[r], out[r * width + i]);
         }
 }
@@ -108,8 +94,8 @@ constexpr int kMostHeads = 4;
 inline int64_t attention_room(int64_t count, int64_t width) { return kMostHeads * (count + width); }
 
 // As many query heads at a time as `heads`, then half as many. `room`: attention_room floats.
-template <typename T, int heads = kMostHeads>
-void attend(const T* queries, int64_t number, const T* keys, const T* values, int64_t count, int64_t width,
+template <typename T, typename K, int heads = kMostHeads>
+void attend(const T* queries, int64_t number, const K* keys, const K* values, int64_t count, int64_t width,
             float scaling, float* room, T* out) {
     float *scores = room, *wide_queries = room + heads * count;
     for (; number >= heads; number -= heads, queries += heads * width, out += heads * width) {
@@ -120,5 +106,5 @@ void attend(const T* queries, int64_t number, const T* keys, const T* values, in
         weigh_values<heads>(scores, values, count, width, totals, out);
     }
     if constexpr (heads > 1)
-        if (number) attend<T, heads / 2>(queries, number, keys, values, count, width, scaling, room, out);
+        if (number) attend<T, K, heads / 2>(queries, number, keys, values, count, width, scaling, room, out);
 }

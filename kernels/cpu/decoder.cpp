@@ -30,11 +30,12 @@ struct Layer {
     int64_t rows;                                    // that the room is for
 };
 
-// The new tokens, and where their keys and values are kept: (sequences, key heads, capacity, width).
+// The new tokens, and where their keys and values are kept: (sequences, key heads, capacity, row of `kept.h`).
 struct Tokens {
     const void *x, *cosines, *sines;
     void *keys, *values, *y;
     int64_t count, capacity, position, rotary, rotary_stride;  // position: tokens already kept; rotary: turned numbers
+    int32_t kept;  // how: 0 as activations, 1 int8, 2 fp8
 };
 
 thread_local Buffer scores_buffer;
@@ -53,7 +54,7 @@ void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
 }
 
 // Normalises and turns a key head's queries and its key, keeps key and value, and attends. False: no memory.
-template <typename T>
+template <typename T, typename K>
 bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
     const int64_t shared = a.heads / a.key_heads, kept = t.position + 1;
     float* room = reinterpret_cast<float*>(scores_buffer.of(attention_room(kept, a.width) * sizeof(float)));
@@ -63,12 +64,12 @@ bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
     const T* value = row + (a.heads + a.key_heads + head) * a.width;
     const T* cosines = static_cast<const T*>(t.cosines) + token * t.rotary_stride;
     const T* sines = static_cast<const T*>(t.sines) + token * t.rotary_stride;
-    const int64_t place = (token * a.key_heads + head) * t.capacity * a.width;
-    T *keys = static_cast<T*>(t.keys) + place, *values = static_cast<T*>(t.values) + place;
+    const int64_t size = row_size<K>(a.width), place = (token * a.key_heads + head) * t.capacity * size;
+    K *keys = static_cast<K*>(t.keys) + place, *values = static_cast<K*>(t.values) + place;
     if (a.k_norm) rms_norm(key, static_cast<const T*>(a.k_norm), key, a.width, a.k_eps);
     rotate(key, cosines, sines, t.rotary);
-    std::copy_n(key, a.width, keys + t.position * a.width);
-    std::copy_n(value, a.width, values + t.position * a.width);
+    keep(key, a.width, keys + t.position * size);
+    keep(value, a.width, values + t.position * size);
     for (int64_t i = 0; i < shared; ++i) {
         T* query = queries + i * a.width;
         if (a.q_norm) rms_norm(query, static_cast<const T*>(a.q_norm), query, a.width, a.q_eps);
@@ -79,13 +80,19 @@ bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
     return true;
 }
 
-template <typename T>
-bool attention(const Layer& a, const Tokens& t, int threads) {
+template <typename T, typename K>
+bool all_heads(const Layer& a, const Tokens& t, int threads) {
     bool enough = true;
 #pragma omp parallel for num_threads(threads) reduction(&& : enough)
     for (int64_t unit = 0; unit < t.count * a.key_heads; ++unit)
-        enough = key_head<T>(a, t, unit / a.key_heads, unit % a.key_heads) && enough;
+        enough = key_head<T, K>(a, t, unit / a.key_heads, unit % a.key_heads) && enough;
     return enough;
+}
+
+template <typename T>
+bool attention(const Layer& a, const Tokens& t, int threads) {
+    if (t.kept == 1) return all_heads<T, Int8>(a, t, threads);
+    return t.kept == 2 ? all_heads<T, Fp8>(a, t, threads) : all_heads<T, T>(a, t, threads);
 }
 
 // silu(gate) * up of one row: gate's outputs first, then up's.
@@ -141,6 +148,12 @@ extern "C" {
 int autotune_decoder_layer(const Layer* a, const Tokens* t, int threads) {
     if (t->count > a->rows) return 1;
     return a->bf16 ? layer<Half>(*a, *t, threads) : layer<float>(*a, *t, threads);
+}
+
+// Attention alone, of what is in `projected`; for timing it.
+int autotune_decoder_attention(const Layer* a, const Tokens* t, int threads) {
+    if (t->count > a->rows) return 1;
+    return !(a->bf16 ? attention<Half>(*a, *t, threads) : attention<float>(*a, *t, threads));
 }
 
 // A product that is left out (`zeros`): `packed` points to its outputs' bytes a row.

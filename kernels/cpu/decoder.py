@@ -43,6 +43,7 @@ class Tokens(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("x", "cosines", "sines", "keys", "values", "y")),
         *((name, _size) for name in ("count", "capacity", "position", "rotary", "rotary_stride")),
+        ("kept", ctypes.c_int32),
     )
 
 
@@ -87,24 +88,34 @@ def step(item: Layer, tokens: Tokens, threads: int) -> int:
     Raises:
         DeviceError: `kernel.memory`.
     """
-    code: int = _function()(ctypes.byref(item), ctypes.byref(tokens), threads)
+    code: int = _function("autotune_decoder_layer")(ctypes.byref(item), ctypes.byref(tokens), threads)
     if code not in (0, CALLBACK_FAILED):
         raise DeviceError("kernel.memory", f"no memory for {tokens.count} tokens of a decoder layer.", "Fewer at once.")
     return code
 
 
+def attend(item: Layer, tokens: Tokens, threads: int) -> None:
+    """Attention alone, of the rows in `projected`; its output is in `attended`.
+
+    Raises:
+        DeviceError: `kernel.memory`.
+    """
+    if _function("autotune_decoder_attention")(ctypes.byref(item), ctypes.byref(tokens), threads):
+        raise DeviceError("kernel.memory", f"no memory for attention of {tokens.count} tokens.", "Fewer at once.")
+
+
 def available() -> bool:
     """Whether the library can be built and loaded here."""
     try:
-        _function()
+        _function("autotune_decoder_layer")
     except DeviceError:
         return False
     return True
 
 
 @cache
-def _function() -> Any:
-    call = build.library("decoder").autotune_decoder_layer
+def _function(name: str) -> Any:
+    call = getattr(build.library("decoder"), name)
     call.argtypes = (_pointer, _pointer, ctypes.c_int)
     call.restype = ctypes.c_int
     return call
