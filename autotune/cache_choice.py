@@ -168,6 +168,8 @@ def _left_out(session: Session) -> dict[str, str]:
 def _unsupported(session: Session) -> str:
     if not session.local:
         return "its time is measured in the model, and this machine is not the target"
+    if session.streams:
+        return "its loss is measured in the model held whole, and this one is read block by block"
     return unsupported(read_config(session.opened.folder), not session.encoder, session.target.device)
 
 
