@@ -78,23 +78,27 @@ def _fastest(result: Result, max_loss: float | None, max_memory_bytes: int | Non
     limit = session.search_limit if max_loss is None else _limit(session, max_loss)
     memory = max_memory_bytes if max_memory_bytes is not None else session.config.max_memory_bytes
     ratio = front_ratio(front, limit)
-    feasible = [c for c in front.candidates if fits(c, Budget(limit, _room(result, c, memory)), ratio)]
+    rooms = [None if memory is None else memory - _uncounted(result, c) for c in front.candidates]
+    feasible = [c for c, room in zip(front.candidates, rooms, strict=True) if fits(c, Budget(limit, room), ratio)]
     if not feasible:
-        nearest = min(front.candidates, key=lambda candidate: candidate.weight_bytes)
-        what = f"the smallest has {nearest.weight_bytes:,} bytes, loss {nearest.evaluation.dnll_nats:.2e} nats"
+        sizes = [c.weight_bytes + _uncounted(result, c) for c in front.candidates]
+        size, number = min((size, number) for number, size in enumerate(sizes))
+        nearest = front.candidates[number]
+        cache = cache_bytes(session).get(format_of(configuration(problem, nearest.genotype)), 0)
+        what = f"the smallest has {size:,} bytes ({cache:,} of them the KV cache)"
+        what += f", loss {nearest.evaluation.dnll_nats:.2e} nats"
         raise InfeasibleError("search.infeasible", f"no point of this search fits; {what}.", "Search again.")
     best = min(feasible, key=lambda candidate: candidate.latency_us)
     named = {point.candidate.genotype: point for point in result.points}
     return named.get(best.genotype, Point(best.source, best, False))
 
 
-def _room(result: Result, candidate: Candidate, memory: int | None) -> int | None:
-    """For the weights, where the run was searched without a bound on memory: its candidates' bytes lack the cache."""
-    if memory is None or result.session.config.max_memory_bytes is not None:
-        return memory
+def _uncounted(result: Result, candidate: Candidate) -> int:
+    """Bytes of the cache where the run was searched without a bound on memory: there its candidates' bytes lack it."""
+    if result.session.config.max_memory_bytes is not None:
+        return 0
     assert result.problem is not None
-    kept = format_of(configuration(result.problem, candidate.genotype))
-    return memory - cache_bytes(result.session).get(kept, 0)
+    return cache_bytes(result.session).get(format_of(configuration(result.problem, candidate.genotype)), 0)
 
 
 def _limit(session: Session, max_loss: float) -> float:

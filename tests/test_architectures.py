@@ -319,7 +319,7 @@ class World:
     @cached_property
     def result(self) -> Result:
         """As far as a run has come when it chooses, with `mixed` its only point."""
-        result = Result(self.session, self.space, self.table, self.models.database, self.losses)
+        result = Result(self.session, self.space, self.table, database=self.models.database, losses=self.losses)
         result.calibration = tables.Calibration({}, {}, None)
         result.problem = decide.build_problem(self.session, self.space, self.table, self.losses, result.calibration)
         us, size = result.problem.latency_us(self.mixed), result.problem.weight_bytes(self.mixed)

@@ -140,7 +140,8 @@ def test_the_loaded_model_computes_with_the_stored_codes(finished, model):
     from transformers import AutoModelForCausalLM
 
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    database, ids = finished.database, tiny.tokens(1)[0].unsqueeze(0)
+    ids = tiny.tokens(1)[0].unsqueeze(0)
+    database = finished.chosen.weights(finished.database, finished.plan.configuration)
     for group in finished.session.spec.groups:
         name = finished.plan.configuration[group.name]
         if scheme(name).is_dense:

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import autotune
+from autotune.cache_choice import cache_bytes
 from autotune.choosing import choose_point
 from autotune.config import RunConfig
 from autotune.errors import AutotuneError, DeviceError, InfeasibleError, InputError, UsageError
@@ -258,9 +259,12 @@ def test_another_budget_is_stated_in_its_plan(finished, home):
     path, _ = choose_point(home / "run", 0.5, None, None)
     assert Plan.load(path).budget.max_loss == 0.5
     size = finished.plan.prediction.weight_bytes
-    path, _ = choose_point(home / "run", None, None, size)
-    assert Plan.load(path).budget.max_memory_bytes == size
+    cache = cache_bytes(finished.session)[None]
+    path, _ = choose_point(home / "run", None, None, size + cache)
+    assert Plan.load(path).budget.max_memory_bytes == size + cache
     assert Plan.load(path).prediction.weight_bytes <= size
+    with pytest.raises(InfeasibleError, match=f"{cache:,} of them the KV cache"):
+        choose_point(home / "run", None, None, cache + 1)
 
 
 def test_a_certificate_of_a_wider_budget_is_not_claimed_for_a_tighter_one(finished, home, tmp_path):
