@@ -1,6 +1,7 @@
 """What is gained by compressing a configuration again on the inputs its own compressed layers give?
 
     python benchmarks/sequential.py [MODEL] [--schemes int4,...] [--tokens 20000] [--calibration 16384]
+                                    [--keep-head]
                                     [--towards none,0.1,...] [--data FILE] [--json FILE]
 
 MODEL is a folder (default: the demo model). Every scheme is put everywhere it is legal, once as the database has it,
@@ -84,10 +85,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     made = database.build(dense, opened.spec, legal, calibration, folder)
     model = ReferenceModel(dense, opened.spec, made)
     teachers = [Teacher(model, documents, (1.0,)) for documents in (held_out, searched)]
-    groups = [group.name for group in opened.spec.groups]
+    groups = [g.name for g in opened.spec.groups if not (arguments.keep_head and g.role == "lm_head")]
     rows = []
     for name in arguments.schemes:
-        chosen = everywhere(legal, name, groups)
+        chosen = dict.fromkeys((g.name for g in opened.spec.groups), legal.dense) | everywhere(legal, name, groups)
         stitched, search = (teacher.measure(chosen) for teacher in teachers)
         rows.append(row(name, "stitched", stitched, None, search, 0.0))
         print(line(rows[-1]), flush=True)
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(SCHEMES))
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to measure on")
     parser.add_argument("--calibration", type=int, default=16_384, help="calibration tokens")
+    parser.add_argument("--keep-head", action="store_true", help="leave the output matrix dense")
     parser.add_argument("--towards", type=lambda text: text.split(","), default=["none", str(sequential.TOWARDS)])
     parser.add_argument("--data", type=Path, help="text or JSONL; default: the bundled text")
     parser.add_argument("--json", type=Path)
