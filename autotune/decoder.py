@@ -5,21 +5,22 @@ attention, a gated MLP with SiLU, two residual sums. Whether a layer is of it is
 numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts, masks, other
 caches, training, hooks and `torch.compile` go to transformers' own code.
 
-Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow, behind the cache's own tensors,
-which are views of what is filled. A model serves one thread at a time.
+Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow (`cache_room`). Where nothing else is
+done between layers either, `decoder_step` runs all of them as one call. A model serves one thread at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from autotune.cache_room import Room, holds, with_room
 from autotune.kernels.cpu import decoder as native
-from autotune.kernels.kv_formats import NATIVE, decode, row_bytes
 from autotune.kernels.linear import Alternative, FusedGroup, GroupSlice
 from autotune.kernels.norm import FusedRMSNorm
 from autotune.kv_cache import Keeping, coded_format, is_growing
@@ -30,7 +31,6 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _MOST_ROWS = 64  # sequences at once; more are a prompt's business
 _SAME = 0.02  # of what the layer adds to its input: roundings differ, and 8-bit activations turn them into steps
 _DTYPES = (torch.bfloat16, torch.float32)
-_ROOM = 256  # positions to grow into, at least
 
 
 def fuse_decoder_layers(model: nn.Module) -> int:
@@ -61,7 +61,7 @@ def _is_common(layer: nn.Module) -> bool:
 
 
 @dataclass
-class _Ready:
+class Ready:
     """A layer's native description for the kernels selected, and all that its pointers point to."""
 
     groups: tuple[FusedGroup, ...]
@@ -70,11 +70,9 @@ class _Ready:
     rows: int
     dtype: torch.dtype
     layer: native.Layer
-    tokens: native.Tokens
     room: dict[str, torch.Tensor]
     kept: list[Any] = field(default_factory=list)
     failed: list[list[BaseException]] = field(default_factory=list)
-    y: torch.Tensor | None = None  # where the running step writes
 
     def is_current(self) -> bool:
         """Nobody has put other groups or weights into the layer, or selected other kernels, since."""
@@ -84,18 +82,41 @@ class _Ready:
         return all(group.choice is choice for group, choice in zip(self.groups, self.choices, strict=True))
 
 
+class Layers:
+    """Layers that run one behind the other as one native call."""
+
+    def __init__(self, ready: Sequence[Ready]) -> None:
+        self.ready = tuple(ready)
+        self._stack = native.Stack([item.layer for item in ready])
+        self._tokens = native.Tokens()
+
+    def run(self, x: torch.Tensor, angles: Any, rooms: Sequence[Room]) -> torch.Tensor:
+        """x (sequences, 1, hidden) through the layers; keys and values are written behind what the rooms hold."""
+        cosines, sines = angles
+        y, tokens = torch.empty_like(x), self._tokens
+        tokens.x, tokens.y, tokens.count = x.data_ptr(), y.data_ptr(), x.shape[0]
+        tokens.cosines, tokens.sines = cosines.data_ptr(), sines.data_ptr()
+        tokens.rotary, tokens.rotary_stride = cosines.shape[-1], cosines.stride(0) if cosines.shape[0] > 1 else 0
+        for place, room in zip(self._stack.items, rooms, strict=True):
+            room.put(place)
+        if native.step(self._stack, tokens, torch.get_num_threads()):
+            raise next(errors.pop() for item in self.ready for errors in item.failed if errors)
+        return y
+
+
 class OneToken:
     """Stands in for a decoder layer's `forward`."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
-        self._index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+        self.index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
         self._trusted: bool | None = None  # None: not tried yet
-        self._ready: _Ready | None = None
+        self._ready: Ready | None = None
+        self._alone: Layers | None = None
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ready": None, "_hooks": []}  # pointers and hooks are of this very object
+        return self.__dict__ | {"_ready": None, "_alone": None, "_hooks": []}  # pointers and hooks are of this very one
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._trusted is not False and not args and hidden_states.dim() == 3 and hidden_states.shape[1] == 1:
@@ -107,56 +128,59 @@ class OneToken:
     def _slow(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
 
+    @property
+    def trusted(self) -> bool:
+        """Tried, and found to give what the layer gives."""
+        return self._trusted is True
+
     def _token(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
         """The layer's output, or None where this is not a case for the native call."""
-        angles, kept = given.get("position_embeddings"), _kept(given.get("past_key_values"), self._index)
+        angles, kept = given.get("position_embeddings"), self.kept(given.get("past_key_values"))
         if kept is None or angles is None or given.get("attention_mask") is not None or not self._may(x, given):
             return None
-        ready = self._prepared(x)
-        if ready is None or not (_fit(angles[0], angles[1], x) and _holds(ready.layer, kept, x, angles[0].shape[2])):
-            return None
-        if coded_format(kept) != _wanted(self.layer):  # the slow way makes it so
+        ready = self.prepared(x)
+        if ready is None or not (fit(angles, x) and holds(ready.layer, kept, x, angles[0].shape[2])):
             return None
         if self._trusted is None:
             return None if None in ready.choices else self._try(ready, x, angles, kept, given)
-        room = _with_room(kept)
+        room = with_room(kept)
         y = self._run(ready, x, angles, room)
         room.show(kept)
         return y
 
-    def _may(self, x: torch.Tensor, given: dict[str, Any]) -> bool:
-        if torch.compiler.is_compiling() or not x.is_contiguous() or x.device.type != "cpu" or self.layer.training:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or self.layer.input_layernorm.weight.requires_grad):
-            return False
-        self._hooks = self._hooks or _hooks(self.layer)
-        return not (any(self._hooks) or given.get("output_attentions"))
+    def kept(self, cache: Any) -> Any:
+        """The cache's layer, if it is one that grows, already holds something, and that in the format wanted."""
+        layers = getattr(cache, "layers", ())
+        kept: Any = layers[self.index] if self.index < len(layers) else None
+        if not is_growing(kept) or not kept.is_initialized:
+            return None
+        if kept.keys.dim() != 4 or not kept.keys.shape[2] or kept.keys.shape != kept.values.shape:
+            return None
+        return kept if coded_format(kept) == _wanted(self.layer) else None  # the slow way makes it so
 
-    def _try(self, ready: _Ready, x: torch.Tensor, angles: Any, kept: Any, given: dict[str, Any]) -> torch.Tensor:
+    def _may(self, x: torch.Tensor, given: dict[str, Any]) -> bool:
+        self._hooks = self._hooks or hooks_inside(self.layer)
+        if torch.is_grad_enabled() and self.layer.input_layernorm.weight.requires_grad:
+            return False
+        return may(self.layer, x) and not (any(self._hooks) or given.get("output_attentions"))
+
+    def _try(self, ready: Ready, x: torch.Tensor, angles: Any, kept: Any, given: dict[str, Any]) -> torch.Tensor:
         """Both ways, the native one on copies; the layer's own answer is returned."""
         position = kept.keys.shape[2]
-        room = _Room(_grown(kept.keys, position + 1), _grown(kept.values, position + 1), position, coded_format(kept))
+        room = Room.of(kept, position + 1)
         fast = self._run(ready, x, angles, room)
         slow = self._slow(x, **given)
         pairs = ((fast - x, slow - x), *room.beside(kept))
         if bool(slow.isfinite().all()):  # else the question stays open
-            self._trusted = all(_alike(a, b) for a, b in pairs)
+            self._trusted = all(alike(a, b) for a, b in pairs)
         return slow
 
-    def _run(self, ready: _Ready, x: torch.Tensor, angles: Any, room: _Room) -> torch.Tensor:
-        cosines, sines = angles
-        y, tokens = torch.empty_like(x), ready.tokens
-        ready.y = y
-        tokens.x, tokens.y, tokens.count = x.data_ptr(), y.data_ptr(), x.shape[0]
-        tokens.cosines, tokens.sines = cosines.data_ptr(), sines.data_ptr()
-        tokens.rotary, tokens.rotary_stride = cosines.shape[-1], cosines.stride(0) if cosines.shape[0] > 1 else 0
-        tokens.keys, tokens.values = room.keys.data_ptr(), room.values.data_ptr()
-        tokens.capacity, tokens.position, tokens.kept = room.keys.shape[2], room.filled, NATIVE[room.coded]
-        if native.step(ready.layer, tokens, torch.get_num_threads()):
-            raise next(errors.pop() for errors in ready.failed if errors)
-        return y
+    def _run(self, ready: Ready, x: torch.Tensor, angles: Any, room: Room) -> torch.Tensor:
+        if self._alone is None or self._alone.ready[0] is not ready:
+            self._alone = Layers([ready])
+        return self._alone.run(x, angles, [room])
 
-    def _prepared(self, x: torch.Tensor) -> _Ready | None:
+    def prepared(self, x: torch.Tensor) -> Ready | None:
         """The native description for the kernels that are selected now; None where the groups are not the usual."""
         ready = self._ready
         if ready is not None and ready.rows >= x.shape[0] and ready.dtype == x.dtype and ready.is_current():
@@ -199,7 +223,7 @@ def _groups(layer: nn.Module) -> tuple[FusedGroup, ...] | None:
     return tuple(groups)
 
 
-def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torch.dtype) -> _Ready:
+def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torch.dtype) -> Ready:
     attention = layer.self_attn
     qkv, o, gate_up, down = groups
     width = attention.head_dim
@@ -219,9 +243,9 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
     choices = tuple(group.choice for group in groups)
     places = tuple((modules, names[0], modules[names[0]]) for modules, names in _members(layer))
     places += tuple((norm._parameters, "weight", norm.weight) for norm in norms.values() if norm is not None)
-    ready = _Ready(groups, choices, places, rows, dtype, native.Layer(), native.Tokens(), room)
+    ready = Ready(groups, choices, places, rows, dtype, native.Layer(), room)
     inputs = ("normed", "attended", "normed", "gated")
-    outputs = ("projected", None, "projected", "normed")
+    outputs = ("projected", "normed", "projected", "normed")
     products = [_product(ready, *item) for item in zip(groups, choices, inputs, outputs, strict=True)]
     ready.layer = native.layer(
         dict(zip(("qkv", "o", "gate_up", "down"), products, strict=True)),
@@ -241,9 +265,9 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
 
 
 def _product(
-    ready: _Ready, group: FusedGroup, choice: Alternative | None, source: str, target: str | None
+    ready: Ready, group: FusedGroup, choice: Alternative | None, source: str, target: str
 ) -> native.Product:
-    """By the kernel's own C function where it has one, else through Python; `target` None: the step's own output."""
+    """By the kernel's own C function where it has one, else through Python."""
     outputs = group.out_features
     if choice is None:
         row_bytes = ctypes.c_int64(outputs * ready.room[source].element_size())
@@ -254,9 +278,7 @@ def _product(
         return native.native_product(choice.native, outputs)
 
     def call(rows: int) -> None:
-        out = ready.y if target is None else ready.room[target]
-        assert out is not None
-        out.view(-1)[: rows * outputs].copy_(group.compute(ready.room[source][:rows]).view(-1))
+        ready.room[target].view(-1)[: rows * outputs].copy_(group.compute(ready.room[source][:rows]).view(-1))
 
     product, function, failed = native.python_product(call, outputs)
     ready.kept.append(function)
@@ -270,92 +292,29 @@ def _wanted(layer: Any) -> str | None:
     return forward.name if isinstance(forward, Keeping) else None
 
 
-def _kept(cache: Any, index: int) -> Any:
-    """The cache's layer, if it is one that grows and already holds something; else None."""
-    layers = getattr(cache, "layers", ())
-    kept: Any = layers[index] if index < len(layers) else None
-    if not is_growing(kept) or not kept.is_initialized:
-        return None
-    return kept if kept.keys.dim() == 4 and kept.keys.shape[2] and kept.keys.shape == kept.values.shape else None
+def may(module: nn.Module, x: torch.Tensor) -> bool:
+    """Nobody compiles, trains or wants gradients of x."""
+    if torch.compiler.is_compiling() or not x.is_contiguous() or x.device.type != "cpu" or module.training:
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     return float((found.float() - expected.float()).norm()) <= _SAME * float(expected.float().norm())
 
 
-def _fit(cosines: torch.Tensor, sines: torch.Tensor, x: torch.Tensor) -> bool:
-    """Angles (1 or sequences, 1, turned numbers) as the native call reads them."""
+def fit(angles: Any, x: torch.Tensor) -> bool:
+    """Angles, cosines and sines, each (1 or sequences, 1, turned numbers), as the native call reads them."""
+    cosines, sines = angles
     shape = cosines.shape
     if len(shape) != 3 or shape[1] != 1 or shape[0] not in (1, x.shape[0]) or shape != sines.shape:
         return False
     return cosines.dtype == sines.dtype == x.dtype and cosines.is_contiguous() and sines.is_contiguous()
 
 
-def _holds(layer: native.Layer, kept: Any, x: torch.Tensor, rotary: int) -> bool:
-    """The cache is of these sequences and of this layer's heads: the native call asks no more."""
-    sequences, heads, _, elements = kept.keys.shape
-    coded = coded_format(kept)
-    dtype = x.dtype if coded is None else torch.int8
-    same = kept.keys.dtype == kept.values.dtype == dtype and kept.keys.device == kept.values.device == x.device
-    row = row_bytes(coded, layer.width, 1)
-    return same and (sequences, heads, elements) == (x.shape[0], layer.key_heads, row) and rotary <= layer.width
-
-
-def _with_room(kept: Any) -> _Room:
-    """The buffers behind a cache layer's keys and values, with room for one position more.
-
-    They serve only as long as the cache holds the very views that were put there: after anything else (it was cropped,
-    reordered, copied, grown by transformers) they are made anew from what it holds.
-    """
-    room: _Room | None = getattr(kept, "_autotune_room", None)
-    if room is None or kept.keys is not room.shown_keys or kept.values is not room.shown_values or room.full:
-        filled = kept.keys.shape[2]
-        capacity = filled + max(_ROOM, filled // 2)
-        keys, values = _grown(kept.keys, capacity), _grown(kept.values, capacity)
-        room = kept._autotune_room = _Room(keys, values, filled, coded_format(kept))
-    return room
-
-
-@dataclass
-class _Room:
-    """Keys and values (sequences, key heads, capacity, width or row of codes) of a cache layer, `filled` so far, and
-    what it shows."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    filled: int
-    coded: str | None
-    shown_keys: torch.Tensor | None = None
-    shown_values: torch.Tensor | None = None
-
-    @property
-    def full(self) -> bool:
-        return self.filled == self.keys.shape[2]
-
-    def beside(self, kept: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Its numbers beside those of a cache layer."""
-        pairs = ((self.keys, kept.keys), (self.values, kept.values))
-        if self.coded is None:
-            return list(pairs)
-        return [(decode(a, self.coded, torch.float32), decode(b, self.coded, torch.float32)) for a, b in pairs]
-
-    def show(self, kept: Any) -> None:
-        """One position more was filled."""
-        self.filled += 1
-        kept.keys = self.shown_keys = self.keys.narrow(2, 0, self.filled)
-        kept.values = self.shown_values = self.values.narrow(2, 0, self.filled)
-
-
-def _grown(tensor: torch.Tensor, capacity: int) -> torch.Tensor:
-    batch, heads, filled, width = tensor.shape
-    grown = tensor.new_empty(batch, heads, capacity, width)
-    grown[:, :, :filled] = tensor
-    return grown
-
-
-def _hooks(layer: nn.Module) -> list[Any]:
+def hooks_inside(layer: nn.Module) -> list[Any]:
     """The hooks of all modules inside: live collections, empty as long as nobody watches."""
     inside = [module for module in layer.modules() if module is not layer]
     return [hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]

@@ -19,6 +19,7 @@ from torch import nn
 
 from autotune.attention import pack_query_heads
 from autotune.decoder import fuse_decoder_layers
+from autotune.decoder_step import fuse_decoders
 from autotune.errors import DeviceError, InputError
 from autotune.experts import align_routers, split_experts
 from autotune.folding import Fold, Site, fold
@@ -129,7 +130,8 @@ def quicken(model: nn.Module) -> None:
     align_routers(model)
     fuse_norms(model)
     pack_query_heads(model)
-    fuse_decoder_layers(model)
+    if fuse_decoder_layers(model):
+        fuse_decoders(model)
 
 
 def save(

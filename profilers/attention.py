@@ -93,17 +93,15 @@ class _Cell:
             cosines=self._angles.data_ptr(),
             sines=self._angles.data_ptr(),
             count=batch,
-            capacity=positions,
-            position=positions - 1,
             rotary=heads.width,
             rotary_stride=heads.width,
-            kept=NATIVE[name],
         )
+        self._place = native.Place(capacity=positions, position=positions - 1, kept=NATIVE[name])
 
     def time_us(self) -> float:
         """Of a layer, the mean over all copies."""
         threads, start = torch.get_num_threads(), time.perf_counter()
         for keys, values in self._caches:
-            self._tokens.keys, self._tokens.values = keys.data_ptr(), values.data_ptr()
-            native.attend(self._layer, self._tokens, threads)
+            self._place.keys, self._place.values = keys.data_ptr(), values.data_ptr()
+            native.attend(self._layer, self._place, self._tokens, threads)
         return (time.perf_counter() - start) / len(self._caches) * 1e6

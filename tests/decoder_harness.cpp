@@ -47,13 +47,17 @@ int check(int64_t rows, int64_t hidden, int64_t heads, int64_t key_heads, int64_
             {sums<T>, sizes[3], hidden}, norm.data(), norm.data(), norms ? head_norm.data() : nullptr,
             norms ? head_norm.data() : nullptr, 1e-5f, 1e-5f, 1e-5f, 1e-5f, 0.25f, sizeof(T) == 2, hidden, heads,
             key_heads, width, inner, normed.data(), projected.data(), attended.data(), gated.data(), rows};
-    Tokens t{x.data(), angles.data(), angles.data(), keys.data(), values.data(), y.data(), rows, position + 1, position,
-             width, rows > 1 ? width : 0, !kCoded<K> ? 0 : kMost<K> == 127.0f ? 1 : 2};
-    if (autotune_decoder_layer(&a, &t, threads)) return 1;
+    auto more_keys = keys, more_values = values;
+    const int32_t how = !kCoded<K> ? 0 : kMost<K> == 127.0f ? 1 : 2;
+    const Place places[] = {{keys.data(), values.data(), position + 1, position, how},
+                            {more_keys.data(), more_values.data(), position + 1, position, how}};
+    const Layer* layers[] = {&a, &a};
+    Tokens t{x.data(), angles.data(), angles.data(), y.data(), rows, width, rows > 1 ? width : 0};
+    if (autotune_decoder_layers(layers, places, 2, &t, threads)) return 1;
     for (const T& value : y)
         if (!std::isfinite(wide(value))) return 2;
     t.count = rows + 1;
-    return autotune_decoder_layer(&a, &t, threads) == 1 ? 0 : 3;
+    return autotune_decoder_layers(layers, places, 2, &t, threads) == 1 ? 0 : 3;
 }
 
 // Rows that are zero, as large as can be, tiny, or not finite; every code there is comes back.

@@ -12,7 +12,7 @@ import torch
 import transformers
 from native import AVX2, NATIVE
 
-from autotune import decoder, runtime
+from autotune import cache_room, runtime
 from autotune.decoder import OneToken, fuse_decoder_layers
 from autotune.errors import DeviceError
 from autotune.kernels import reference
@@ -122,10 +122,10 @@ def close(found, expected, tolerance):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the native layer ran."""
+    """Tokens of each time that a native layer ran."""
     made = []
     step = native.step
-    monkeypatch.setattr(native, "step", lambda *given: (made.append(given[1].count), step(*given))[1])
+    monkeypatch.setattr(native, "step", lambda *given: (made.extend([given[1].count] * given[0].number), step(*given))[1])
     return made
 
 
@@ -138,7 +138,8 @@ def test_logits_and_caches_are_those_of_transformers(kind, dtype, tolerance, bat
     made = build(kind, dtype)
     found, ours = walk(made, prompt)
     assert trusted(made) == [True, True]
-    assert calls == [batch] * 20
+    assert calls == [batch] * 22  # the second token, the first that finds all layers trusted, runs both ways
+    assert made.model.forward._trusted
     assert close(found, expected, tolerance)
     assert ours.get_seq_length() == kept.get_seq_length() == 19
     for a, b in zip(ours.layers, kept.layers, strict=True):
@@ -240,7 +241,7 @@ def test_groups_put_in_later_are_seen():
 
 
 def test_caches_grow_crop_and_go_on(monkeypatch):
-    monkeypatch.setattr(decoder, "_ROOM", 2)
+    monkeypatch.setattr(cache_room, "_ROOM", 2)
     plain, made = build(quick=False), build()
     expected, kept = walk(plain, tokens=40)
     found, ours = walk(made, tokens=40)

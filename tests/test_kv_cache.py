@@ -57,7 +57,7 @@ def test_native_layers_read_codes_as_torch_does(name, dtype, tolerance, kind, mo
     keep_as(fast, name)
     expected, kept = walk(slow, prompt)
     made, step = [], native.step
-    monkeypatch.setattr(native, "step", lambda *given: (made.append(given[1].kept), step(*given))[1])
+    monkeypatch.setattr(native, "step", lambda *given: (made.append(given[0].places[0].kept), step(*given))[1])
     found, ours = walk(fast, prompt)
     assert trusted(fast) == [True, True]
     assert made and set(made) == {FORMATS.index(name) + 1}

@@ -1,9 +1,9 @@
-// One new token of each sequence through a whole decoder layer in one call: norm, q/k/v, rotary positions, attention over
+// One new token of each sequence through decoder layers in one call: norm, q/k/v, rotary positions, attention over
 // the cached keys and values, output product, residual sum, norm, gated MLP, residual sum.
 //
 // Run as modules, the few microseconds of arithmetic between a layer's four matrix products cost ten times as much in
-// Python, whose code and data the weights push out of the caches meanwhile. The products are those of any kernel: a
-// function pointer each. Numbers are rounded to the activations' type wherever transformers' modules round them.
+// Python, whose code and data the weights push out of the caches meanwhile; and so does what Python does between two
+// layers: 90 us. The products are those of any kernel: a function pointer each. Numbers are rounded to the activations' type wherever transformers' modules round them.
 
 #include <omp.h>
 
@@ -30,12 +30,18 @@ struct Layer {
     int64_t rows;                                    // that the room is for
 };
 
-// The new tokens, and where their keys and values are kept: (sequences, key heads, capacity, row of `kept.h`).
+// Where a layer keeps keys and values: (sequences, key heads, capacity, row of `kept.h`).
+struct Place {
+    void *keys, *values;
+    int64_t capacity, position;  // position: tokens already kept
+    int32_t kept;                // how: 0 as activations, 1 int8, 2 fp8
+};
+
+// The new tokens; y may be x.
 struct Tokens {
     const void *x, *cosines, *sines;
-    void *keys, *values, *y;
-    int64_t count, capacity, position, rotary, rotary_stride;  // position: tokens already kept; rotary: turned numbers
-    int32_t kept;  // how: 0 as activations, 1 int8, 2 fp8
+    void* y;
+    int64_t count, rotary, rotary_stride;  // rotary: turned numbers
 };
 
 thread_local Buffer scores_buffer;
@@ -55,8 +61,8 @@ void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
 
 // Normalises and turns a key head's queries and its key, keeps key and value, and attends. False: no memory.
 template <typename T, typename K>
-bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
-    const int64_t shared = a.heads / a.key_heads, kept = t.position + 1;
+bool key_head(const Layer& a, const Place& p, const Tokens& t, int64_t token, int64_t head) {
+    const int64_t shared = a.heads / a.key_heads, kept = p.position + 1;
     float* room = reinterpret_cast<float*>(scores_buffer.of(attention_room(kept, a.width) * sizeof(float)));
     if (!room) return false;
     T* row = static_cast<T*>(a.projected) + token * a.qkv.outputs;
@@ -64,12 +70,12 @@ bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
     const T* value = row + (a.heads + a.key_heads + head) * a.width;
     const T* cosines = static_cast<const T*>(t.cosines) + token * t.rotary_stride;
     const T* sines = static_cast<const T*>(t.sines) + token * t.rotary_stride;
-    const int64_t size = row_size<K>(a.width), place = (token * a.key_heads + head) * t.capacity * size;
-    K *keys = static_cast<K*>(t.keys) + place, *values = static_cast<K*>(t.values) + place;
+    const int64_t size = row_size<K>(a.width), place = (token * a.key_heads + head) * p.capacity * size;
+    K *keys = static_cast<K*>(p.keys) + place, *values = static_cast<K*>(p.values) + place;
     if (a.k_norm) rms_norm(key, static_cast<const T*>(a.k_norm), key, a.width, a.k_eps);
     rotate(key, cosines, sines, t.rotary);
-    keep(key, a.width, keys + t.position * size);
-    keep(value, a.width, values + t.position * size);
+    keep(key, a.width, keys + p.position * size);
+    keep(value, a.width, values + p.position * size);
     for (int64_t i = 0; i < shared; ++i) {
         T* query = queries + i * a.width;
         if (a.q_norm) rms_norm(query, static_cast<const T*>(a.q_norm), query, a.width, a.q_eps);
@@ -81,18 +87,18 @@ bool key_head(const Layer& a, const Tokens& t, int64_t token, int64_t head) {
 }
 
 template <typename T, typename K>
-bool all_heads(const Layer& a, const Tokens& t, int threads) {
+bool all_heads(const Layer& a, const Place& p, const Tokens& t, int threads) {
     bool enough = true;
 #pragma omp parallel for num_threads(threads) reduction(&& : enough)
     for (int64_t unit = 0; unit < t.count * a.key_heads; ++unit)
-        enough = key_head<T, K>(a, t, unit / a.key_heads, unit % a.key_heads) && enough;
+        enough = key_head<T, K>(a, p, t, unit / a.key_heads, unit % a.key_heads) && enough;
     return enough;
 }
 
 template <typename T>
-bool attention(const Layer& a, const Tokens& t, int threads) {
-    if (t.kept == 1) return all_heads<T, Int8>(a, t, threads);
-    return t.kept == 2 ? all_heads<T, Fp8>(a, t, threads) : all_heads<T, T>(a, t, threads);
+bool attention(const Layer& a, const Place& p, const Tokens& t, int threads) {
+    if (p.kept == 1) return all_heads<T, Int8>(a, p, t, threads);
+    return p.kept == 2 ? all_heads<T, Fp8>(a, p, t, threads) : all_heads<T, T>(a, p, t, threads);
 }
 
 // silu(gate) * up of one row: gate's outputs first, then up's.
@@ -122,15 +128,15 @@ void add(const T* x, T* y, int64_t count) {
     for (int64_t i = 0; i < count; ++i) narrow(wide(x[i]) + wide(y[i]), y[i]);
 }
 
+// y: the tokens, changed in place.
 template <typename T>
-int layer(const Layer& a, const Tokens& t, int threads) {
-    const T* x = static_cast<const T*>(t.x);
+int layer(const Layer& a, const Place& p, const Tokens& t, int threads) {
     T *y = static_cast<T*>(t.y), *normed = static_cast<T*>(a.normed), *both = static_cast<T*>(a.projected);
-    normalise(a, x, a.input_norm, a.input_eps, t.count);
+    normalise(a, y, a.input_norm, a.input_eps, t.count);
     if (int error = product(a.qkv, normed, t.count, both, threads)) return error;
-    if (!attention<T>(a, t, threads)) return 1;
-    if (int error = product(a.o, a.attended, t.count, y, threads)) return error;
-    add(x, y, t.count * a.hidden);
+    if (!attention<T>(a, p, t, threads)) return 1;
+    if (int error = product(a.o, a.attended, t.count, normed, threads)) return error;
+    add(normed, y, t.count * a.hidden);
     normalise(a, y, a.post_norm, a.post_eps, t.count);
     if (int error = product(a.gate_up, normed, t.count, both, threads)) return error;
     T* gated = static_cast<T*>(a.gated);
@@ -140,20 +146,32 @@ int layer(const Layer& a, const Tokens& t, int threads) {
     return 0;
 }
 
+template <typename T>
+int all_layers(const Layer* const* layers, const Place* places, int64_t number, const Tokens& t, int threads) {
+    if (t.y != t.x) std::memcpy(t.y, t.x, t.count * layers[0]->hidden * sizeof(T));
+    for (int64_t i = 0; i < number; ++i)
+        if (int error = layer<T>(*layers[i], places[i], t, threads)) return error;
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
 
-// 0; 1: no memory; else what a product returned.
-int autotune_decoder_layer(const Layer* a, const Tokens* t, int threads) {
-    if (t->count > a->rows) return 1;
-    return a->bf16 ? layer<Half>(*a, *t, threads) : layer<float>(*a, *t, threads);
+// One layer behind the other, all of them of the same numbers and width. 0; 1: no memory; else what a product returned.
+int autotune_decoder_layers(const Layer* const* layers, const Place* places, int64_t number, const Tokens* t,
+                            int threads) {
+    for (int64_t i = 0; i < number; ++i)
+        if (t->count > layers[i]->rows) return 1;
+    if (number == 0) return 0;
+    return layers[0]->bf16 ? all_layers<Half>(layers, places, number, *t, threads)
+                           : all_layers<float>(layers, places, number, *t, threads);
 }
 
 // Attention alone, of what is in `projected`; for timing it.
-int autotune_decoder_attention(const Layer* a, const Tokens* t, int threads) {
+int autotune_decoder_attention(const Layer* a, const Place* p, const Tokens* t, int threads) {
     if (t->count > a->rows) return 1;
-    return !(a->bf16 ? attention<Half>(*a, *t, threads) : attention<float>(*a, *t, threads));
+    return !(a->bf16 ? attention<Half>(*a, *p, *t, threads) : attention<float>(*a, *p, *t, threads));
 }
 
 // A product that is left out (`zeros`): `packed` points to its outputs' bytes a row.

@@ -1,9 +1,9 @@
-"""One new token through a whole decoder layer as one native call: the structures and functions of `decoder.cpp`."""
+"""New tokens through decoder layers as one native call: the structures and functions of `decoder.cpp`."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,14 +37,34 @@ class Layer(ctypes.Structure):
     )
 
 
+class Place(ctypes.Structure):
+    """`Place` of decoder.cpp."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("keys", "values")),
+        *((name, _size) for name in ("capacity", "position")),
+        ("kept", ctypes.c_int32),
+    )
+
+
 class Tokens(ctypes.Structure):
     """`Tokens` of decoder.cpp."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("x", "cosines", "sines", "keys", "values", "y")),
-        *((name, _size) for name in ("count", "capacity", "position", "rotary", "rotary_stride")),
-        ("kept", ctypes.c_int32),
+        *((name, _pointer) for name in ("x", "cosines", "sines", "y")),
+        *((name, _size) for name in ("count", "rotary", "rotary_stride")),
     )
+
+
+class Stack:
+    """Layers one behind the other, and the places of their keys and values: they live as long as this."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.number = len(layers)
+        self.places = (Place * self.number)()
+        self.items = list(self.places)  # indexing the array makes an object each time
+        self._layers = tuple(layers)
+        self._addresses = (_pointer * self.number)(*map(ctypes.addressof, layers))
 
 
 def native_product(addresses: tuple[int, int], outputs: int) -> Product:
@@ -82,40 +102,42 @@ def layer(products: Mapping[str, Product], room: Mapping[str, torch.Tensor], **f
     return Layer(**products, **{name: tensor.data_ptr() for name, tensor in room.items()}, **fields)
 
 
-def step(item: Layer, tokens: Tokens, threads: int) -> int:
-    """Run the layer; 0, or `CALLBACK_FAILED`.
+def step(stack: Stack, tokens: Tokens, threads: int) -> int:
+    """Run the layers; 0, or `CALLBACK_FAILED`.
 
     Raises:
         DeviceError: `kernel.memory`.
     """
-    code: int = _function("autotune_decoder_layer")(ctypes.byref(item), ctypes.byref(tokens), threads)
+    call = _function("autotune_decoder_layers", _pointer, _pointer, _size, _pointer)
+    code: int = call(stack._addresses, stack.places, stack.number, ctypes.byref(tokens), threads)
     if code not in (0, CALLBACK_FAILED):
         raise DeviceError("kernel.memory", f"no memory for {tokens.count} tokens of a decoder layer.", "Fewer at once.")
     return code
 
 
-def attend(item: Layer, tokens: Tokens, threads: int) -> None:
+def attend(item: Layer, place: Place, tokens: Tokens, threads: int) -> None:
     """Attention alone, of the rows in `projected`; its output is in `attended`.
 
     Raises:
         DeviceError: `kernel.memory`.
     """
-    if _function("autotune_decoder_attention")(ctypes.byref(item), ctypes.byref(tokens), threads):
+    call = _function("autotune_decoder_attention", _pointer, _pointer, _pointer)
+    if call(ctypes.byref(item), ctypes.byref(place), ctypes.byref(tokens), threads):
         raise DeviceError("kernel.memory", f"no memory for attention of {tokens.count} tokens.", "Fewer at once.")
 
 
 def available() -> bool:
     """Whether the library can be built and loaded here."""
     try:
-        _function("autotune_decoder_layer")
+        build.library("decoder")
     except DeviceError:
         return False
     return True
 
 
 @cache
-def _function(name: str) -> Any:
+def _function(name: str, *types: Any) -> Any:
     call = getattr(build.library("decoder"), name)
-    call.argtypes = (_pointer, _pointer, ctypes.c_int)
+    call.argtypes = (*types, ctypes.c_int)
     call.restype = ctypes.c_int
     return call
