@@ -5,12 +5,14 @@ The cache's own tensors are views of what is filled. Keys and values are numbers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autotune.kernels.cpu.decoder import Layer, Place
+from autotune.kernels.cpu.memory import advise
 from autotune.kernels.kv_formats import NATIVE, decode, row_bytes
 from autotune.kv_cache import coded_format
 
@@ -35,8 +37,9 @@ class Room:
         filled = kept.keys.shape[2]
         return cls(_grown(kept.keys, capacity), _grown(kept.values, capacity), filled, coded_format(kept))
 
-    def put(self, place: Place) -> None:
+    def put(self, places: Sequence[Place]) -> None:
         """Tell native code where it is."""
+        place = places[0]
         place.keys, place.values = self.keys.data_ptr(), self.values.data_ptr()
         place.capacity, place.position, place.kept = self.keys.shape[2], self.filled, NATIVE[self.coded]
 
@@ -58,6 +61,64 @@ class Room:
         kept.values = self.shown_values = self.values.narrow(2, 0, self.filled)
 
 
+class Rooms:
+    """All layers of a cache in one buffer, so that one operator makes what they show.
+
+    `checked`: the number of what the cache was last found fit for.
+    """
+
+    def __init__(self, kept: Sequence[Any]) -> None:
+        """kept: cache layers that hold as much and in the same way."""
+        self.kept = tuple(kept)
+        keys = kept[0].keys
+        self.sequences, heads, self.filled, row = keys.shape
+        self.coded = coded_format(kept[0])
+        self.capacity = _capacity(self.filled)
+        self._buffer = keys.new_empty(2 * len(kept), self.sequences, heads, self.capacity, row)
+        advise(self._buffer)
+        self.checked = -1
+        with torch.no_grad():
+            for number, layer in enumerate(kept):
+                self._buffer[2 * number, :, :, : self.filled] = layer.keys
+                self._buffer[2 * number + 1, :, :, : self.filled] = layer.values
+        self._show()
+
+    def serves(self, layers: Sequence[Any]) -> bool:
+        """There is room for a position, and the cache's layers still show what was put there."""
+        if self.filled == self.capacity or len(layers) != len(self.kept):
+            return False
+        for layer, kept, keys, values in zip(layers, self.kept, self._keys, self._values, strict=True):
+            if layer is not kept or layer.keys is not keys or layer.values is not values:
+                return False
+        return True
+
+    def put(self, places: Sequence[Place]) -> None:
+        """Tell native code where the layers are."""
+        start, size = self._buffer.data_ptr(), self._buffer[0].nbytes
+        for place in places:
+            place.keys, place.values = start, start + size
+            place.capacity, place.position, place.kept = self.capacity, self.filled, NATIVE[self.coded]
+            start += 2 * size
+
+    def show(self) -> None:
+        """One position more was filled."""
+        self.filled += 1
+        self._show()
+
+    def _show(self) -> None:
+        views = self._buffer.narrow(3, 0, self.filled).unbind(0)
+        self._keys, self._values = views[0::2], views[1::2]
+        for kept, keys, values in zip(self.kept, self._keys, self._values, strict=True):
+            kept.keys, kept.values = keys, values
+
+
+def alike_layers(kept: Sequence[Any]) -> bool:
+    """Cache layers that `Rooms` can hold."""
+    first = kept[0]
+    shape, dtype, coded = first.keys.shape, first.keys.dtype, coded_format(first)
+    return all(x.keys.shape == shape and x.keys.dtype == dtype and coded_format(x) == coded for x in kept)
+
+
 def with_room(kept: Any) -> Room:
     """The buffers behind a cache layer's keys and values, with room for one position more.
 
@@ -66,9 +127,7 @@ def with_room(kept: Any) -> Room:
     """
     room: Room | None = getattr(kept, "_autotune_room", None)
     if room is None or kept.keys is not room.shown_keys or kept.values is not room.shown_values or room.full:
-        filled = kept.keys.shape[2]
-        capacity = filled + max(_ROOM, filled // 2)
-        room = kept._autotune_room = Room.of(kept, capacity)
+        room = kept._autotune_room = Room.of(kept, _capacity(kept.keys.shape[2]))
     return room
 
 
@@ -80,6 +139,10 @@ def holds(layer: Layer, kept: Any, x: torch.Tensor, rotary: int) -> bool:
     same = kept.keys.dtype == kept.values.dtype == dtype and kept.keys.device == kept.values.device == x.device
     row = row_bytes(coded, layer.width, 1)
     return same and (sequences, heads, elements) == (x.shape[0], layer.key_heads, row) and rotary <= layer.width
+
+
+def _capacity(filled: int) -> int:
+    return filled + max(_ROOM, filled // 2)
 
 
 def _grown(tensor: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ attention, a gated MLP with SiLU, two residual sums. Whether a layer is of it is
 numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts, masks, other
 caches, training, hooks and `torch.compile` go to transformers' own code.
 
-Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow (`cache_room`). Where nothing else is
-done between layers either, `decoder_step` runs all of them as one call. A model serves one thread at a time.
+Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow (`cache_room`). Where nothing else
+is done between layers either, `decoder_step` runs all of them as one call. A model serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotune.cache_room import Room, holds, with_room
+from autotune.cache_room import Room, Rooms, holds, with_room
 from autotune.kernels.cpu import decoder as native
 from autotune.kernels.linear import Alternative, FusedGroup, GroupSlice
 from autotune.kernels.norm import FusedRMSNorm
@@ -66,7 +66,8 @@ class Ready:
 
     groups: tuple[FusedGroup, ...]
     choices: tuple[Alternative | None, ...]
-    places: tuple[tuple[dict[str, Any], str, Any], ...]  # where groups' first members and norms' weights are, and these
+    places: tuple[tuple[dict[str, Any], str, Any], ...]  # where groups' first members are, and these
+    weights: tuple[tuple[dict[str, Any], str, Any], ...]  # the same of norms
     rows: int
     dtype: torch.dtype
     layer: native.Layer
@@ -76,7 +77,7 @@ class Ready:
 
     def is_current(self) -> bool:
         """Nobody has put other groups or weights into the layer, or selected other kernels, since."""
-        for modules, name, member in self.places:
+        for modules, name, member in (*self.places, *self.weights):
             if modules[name] is not member:
                 return False
         return all(group.choice is choice for group, choice in zip(self.groups, self.choices, strict=True))
@@ -90,15 +91,14 @@ class Layers:
         self._stack = native.Stack([item.layer for item in ready])
         self._tokens = native.Tokens()
 
-    def run(self, x: torch.Tensor, angles: Any, rooms: Sequence[Room]) -> torch.Tensor:
-        """x (sequences, 1, hidden) through the layers; keys and values are written behind what the rooms hold."""
+    def run(self, x: torch.Tensor, angles: Any, room: Room | Rooms) -> torch.Tensor:
+        """x (sequences, 1, hidden) through the layers; keys and values are written behind what the room holds."""
         cosines, sines = angles
         y, tokens = torch.empty_like(x), self._tokens
         tokens.x, tokens.y, tokens.count = x.data_ptr(), y.data_ptr(), x.shape[0]
         tokens.cosines, tokens.sines = cosines.data_ptr(), sines.data_ptr()
         tokens.rotary, tokens.rotary_stride = cosines.shape[-1], cosines.stride(0) if cosines.shape[0] > 1 else 0
-        for place, room in zip(self._stack.items, rooms, strict=True):
-            room.put(place)
+        room.put(self._stack.items)
         if native.step(self._stack, tokens, torch.get_num_threads()):
             raise next(errors.pop() for item in self.ready for errors in item.failed if errors)
         return y
@@ -178,7 +178,7 @@ class OneToken:
     def _run(self, ready: Ready, x: torch.Tensor, angles: Any, room: Room) -> torch.Tensor:
         if self._alone is None or self._alone.ready[0] is not ready:
             self._alone = Layers([ready])
-        return self._alone.run(x, angles, [room])
+        return self._alone.run(x, angles, room)
 
     def prepared(self, x: torch.Tensor) -> Ready | None:
         """The native description for the kernels that are selected now; None where the groups are not the usual."""
@@ -242,8 +242,8 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
     }
     choices = tuple(group.choice for group in groups)
     places = tuple((modules, names[0], modules[names[0]]) for modules, names in _members(layer))
-    places += tuple((norm._parameters, "weight", norm.weight) for norm in norms.values() if norm is not None)
-    ready = Ready(groups, choices, places, rows, dtype, native.Layer(), room)
+    weights = tuple((norm._parameters, "weight", norm.weight) for norm in norms.values() if norm is not None)
+    ready = Ready(groups, choices, places, weights, rows, dtype, native.Layer(), room)
     inputs = ("normed", "attended", "normed", "gated")
     outputs = ("projected", "normed", "projected", "normed")
     products = [_product(ready, *item) for item in zip(groups, choices, inputs, outputs, strict=True)]
@@ -264,9 +264,7 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
     return ready
 
 
-def _product(
-    ready: Ready, group: FusedGroup, choice: Alternative | None, source: str, target: str
-) -> native.Product:
+def _product(ready: Ready, group: FusedGroup, choice: Alternative | None, source: str, target: str) -> native.Product:
     """By the kernel's own C function where it has one, else through Python."""
     outputs = group.out_features
     if choice is None:

@@ -1,14 +1,19 @@
 """One new token through a transformers decoder, embedding to last norm, with all layers as one native call.
 
 Layers that take single tokens natively (`decoder`) still cost 90 us of Python each, measured between their calls: the
-weights of a layer push its code and data out of the caches. Where a model does nothing else between its layers, one call
-runs them all. Whether it does is asked of its structure, and then of its numbers: the first token that finds every layer
-trusted runs both ways, and must give the same bits. Masks, hooks, wanted intermediate results, other caches, training and
-`torch.compile` go to transformers' own code.
+weights of a layer push its code and data out of the caches. Where a model does nothing else between its layers, one
+call runs them all. Whether it does is asked of its structure, and then of its numbers: the first token that finds every
+layer trusted runs both ways, and must give the same bits. Masks, hooks, wanted intermediate results, other caches,
+training and `torch.compile` go to transformers' own code.
+
+What was found out is kept and looked at again only where something changed: a step has cold caches ahead of it, and
+each object that it asks costs a tenth of a microsecond or more.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +21,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from autotune.cache_room import Room, holds, with_room
-from autotune.decoder import Layers, OneToken, Ready, fit, may
+from autotune.cache_room import Rooms, alike_layers, holds
+from autotune.decoder import Layers, OneToken, fit, may
+from autotune.kernels import changes
 from autotune.kernels.norm import FusedRMSNorm
 
 _CHILDREN = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _OUTPUTS = ["last_hidden_state", "past_key_values"]
+_numbers = itertools.count()
+_MOST_BYTES = 2**29  # of a cache: when a longer one grew, all of its layers would lie in memory twice
 
 
 def fuse_decoders(model: nn.Module) -> int:
@@ -50,21 +58,41 @@ def _is_common(decoder: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What was found out about the layers, and all that would have to change for it to be wrong."""
+
+    number: int  # no other plan of this process has it
+    steps: tuple[OneToken, ...]
+    layers: Layers
+    rows: int
+    dtype: torch.dtype
+    changes: int
+    hooks: int  # that torch had counted
+    places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]  # dictionaries, keys, and what is there
+
+    def is_current(self, x: torch.Tensor) -> bool:
+        if self.changes != changes.count() or self.hooks != RemovableHandle.next_id:
+            return False
+        if x.shape[0] > self.rows or x.dtype != self.dtype:
+            return False
+        return all(place.get(name) is member for place, name, member in zip(*self.places, strict=True))
+
+
 class OneStep:
     """Stands in for a decoder's `forward`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
-        self._trusted: bool | None = None  # None: not tried yet
-        self._layers: Layers | None = None
+        self.trusted: bool | None = None  # None: not tried yet
+        self._plan: _Plan | None = None
         self._output: Any = None  # transformers' class
-        self._hooks_seen = -1  # torch's count of hooks when there were none here
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layers": None, "_hooks_seen": -1}  # pointers and hooks are of this very object
+        return self.__dict__ | {"_plan": None}  # pointers and hooks are of this very object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._trusted is not False and not args and self._is_token(kwargs):
+        if self.trusted is not False and not args and self._is_token(kwargs):
             output = self._token(kwargs)
             if output is not None:
                 return output
@@ -86,71 +114,88 @@ class OneStep:
 
     def _token(self, given: dict[str, Any]) -> Any:
         """The decoder's output, or None where this is not a case for the native call."""
-        decoder, cache, steps = self.decoder, given["past_key_values"], self._steps()
-        if steps is None:
-            return None
+        decoder, cache = self.decoder, given["past_key_values"]
         x = decoder.embed_tokens(given["input_ids"])
-        kept = [step.kept(cache) for step in steps]
-        if not may(decoder, x) or None in kept or not self._is_open(given.get("attention_mask"), kept):
+        plan = self._planned(x)
+        rooms = None if plan is None else _rooms(plan, cache, x)
+        if plan is None or rooms is None or not _is_open(given.get("attention_mask"), rooms):
             return None
-        ready = [step.prepared(x) for step in steps]
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.full((1, 1), kept[0].keys.shape[2])
+            positions = torch.full((1, 1), rooms.filled)
         angles = decoder.rotary_emb(x, positions)
-        if not _fits(ready, kept, x, angles):
+        if not fit(angles, x) or angles[0].shape[2] > plan.steps[0].layer.self_attn.head_dim:
             return None
-        if self._layers is None or any(a is not b for a, b in zip(self._layers.ready, ready, strict=True)):
-            self._layers = Layers(ready)  # type: ignore[arg-type]
-        if self._trusted is None:
-            return self._try(x, angles, kept, given)
-        rooms = [with_room(item) for item in kept]
-        y = self._layers.run(x, angles, rooms)
-        for room, item in zip(rooms, kept, strict=True):
-            room.show(item)
-        return self._output(last_hidden_state=decoder.norm(y), past_key_values=cache)
+        y = decoder.norm(plan.layers.run(x, angles, rooms))
+        if self.trusted is None:
+            return self._judge(y, given)
+        rooms.show()
+        return self._output(last_hidden_state=y, past_key_values=cache)
 
-    def _try(self, x: torch.Tensor, angles: Any, kept: list[Any], given: dict[str, Any]) -> Any:
-        """Both ways, the native one on copies; the decoder's own answer is returned."""
-        assert self._layers is not None
-        fast = self.decoder.norm(self._layers.run(x, angles, [Room.of(item, item.keys.shape[2] + 1) for item in kept]))
+    def _judge(self, fast: torch.Tensor, given: dict[str, Any]) -> Any:
+        """The decoder's own answer. What the native call wrote lies behind what the cache shows."""
         slow = self._slow(**given)
         if bool(slow.last_hidden_state.isfinite().all()):  # else the question stays open
             self._output = type(slow)
-            self._trusted = list(slow) == _OUTPUTS and torch.equal(slow.last_hidden_state, fast)
+            self.trusted = list(slow) == _OUTPUTS and torch.equal(slow.last_hidden_state, fast)
         return slow
 
-    def _steps(self) -> list[OneToken] | None:
-        """The layers, if all are trusted and nobody watches or has changed them; else None."""
-        layers = list(self.decoder.layers._modules.values())
-        steps = [layer.__dict__.get("forward") for layer in layers]
-        if len(steps) != self.decoder.config.num_hidden_layers or self.decoder.gradient_checkpointing:
+    def _planned(self, x: torch.Tensor) -> _Plan | None:
+        """How to run the layers, if all are trusted and nobody watches; else None."""
+        if self._plan is None or not self._plan.is_current(x):
+            self._plan = None if _watched(self.decoder.layers) else _plan(self.decoder, x)
+        return self._plan if may(self.decoder, x) else None
+
+
+def _plan(decoder: Any, x: torch.Tensor) -> _Plan | None:
+    seen = changes.count(), RemovableHandle.next_id
+    steps, layers = [], decoder.layers._modules
+    places: list[tuple[dict[str, Any], str, Any]] = [(vars(decoder.config), "num_hidden_layers", len(layers))]
+    for name, layer in layers.items():
+        step = vars(layer).get("forward")
+        item = step.prepared(x) if isinstance(step, OneToken) and step.layer is layer and step.trusted else None
+        if item is None or layer.training or (torch.is_grad_enabled() and layer.input_layernorm.weight.requires_grad):
             return None
-        for step, layer in zip(steps, layers, strict=True):
-            if not (isinstance(step, OneToken) and step.trusted and step.layer is layer):
-                return None
-        if self._hooks_seen != RemovableHandle.next_id:
-            if _watched(self.decoder.layers):
-                return None
-            self._hooks_seen = RemovableHandle.next_id
-        return steps  # type: ignore[return-value]
-
-    def _is_open(self, mask: Any, kept: list[Any]) -> bool:
-        """Every position is seen: all layers keep as many, and none of them is masked."""
-        filled = kept[0].keys.shape[2]
-        if any(item.keys.shape[2] != filled for item in kept):
-            return False
-        if mask is None:
-            return True
-        whole = isinstance(mask, torch.Tensor) and mask.shape == (kept[0].keys.shape[0], filled + 1)
-        return whole and bool(mask.all())
+        steps.append((step, item))
+        places += [(layers, name, layer), (vars(layer), "forward", step), (vars(layer), "training", False)]
+        places += item.places
+    ready = [item for _, item in steps]
+    return _Plan(
+        number=next(_numbers),
+        steps=tuple(step for step, _ in steps),
+        layers=Layers(ready),
+        rows=min(item.rows for item in ready),
+        dtype=x.dtype,
+        changes=seen[0],
+        hooks=seen[1],
+        places=tuple(zip(*places, strict=True)),  # type: ignore[arg-type]
+    )
 
 
-def _fits(ready: list[Ready | None], kept: list[Any], x: torch.Tensor, angles: Any) -> bool:
-    if not fit(angles, x):
-        return False
-    rotary = angles[0].shape[2]
-    return all(a is not None and holds(a.layer, b, x, rotary) for a, b in zip(ready, kept, strict=True))
+def _rooms(plan: _Plan, cache: Any, x: torch.Tensor) -> Rooms | None:
+    """The buffer behind the cache; None where these layers could not use it."""
+    layers = getattr(cache, "layers", ())
+    rooms: Rooms | None = getattr(cache, "_autotune_rooms", None)
+    if rooms is not None and rooms.checked == plan.number and rooms.serves(layers) and rooms.sequences == x.shape[0]:
+        return rooms
+    kept = [step.kept(cache) for step in plan.steps]
+    if None in kept or len(layers) != len(kept) or not alike_layers(kept):
+        return None
+    if not all(holds(item.layer, a, x, 0) for item, a in zip(plan.layers.ready, kept, strict=True)):
+        return None
+    if rooms is None or not rooms.serves(layers):
+        if sum(item.keys.nbytes + item.values.nbytes for item in kept) > _MOST_BYTES:
+            return None
+        rooms = cache._autotune_rooms = Rooms(kept)
+    rooms.checked = plan.number
+    return rooms
+
+
+def _is_open(mask: Any, rooms: Rooms) -> bool:
+    """No position is masked."""
+    if mask is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.shape == (rooms.sequences, rooms.filled + 1) and bool(mask.all())
 
 
 def _watched(layers: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from autotune.attention_cost import attention_of
+from autotune.kernels import changes
 from autotune.kernels.kv_formats import decode, encode
 
 _CACHE = "past_key_values"
@@ -25,6 +26,7 @@ _CACHE = "past_key_values"
 
 def keep_as(model: nn.Module, name: str | None) -> None:
     """From now on keys and values are `name`, or what they are without a format."""
+    changes.note()
     for module in _attentions(model):
         forward = module.forward
         if isinstance(forward, Keeping):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from autotune.errors import InputError, did_you_mean
+from autotune.kernels import changes
 from autotune.kernels.operator import Operands, apply, operands, plain
 from autotune.kernels.spec import Packed, load
 from autotune.search_space.coverage import KernelSpec
@@ -71,6 +72,7 @@ class FusedGroup(nn.Module):
             raise InputError("kernel.weight", f"{name!r} of shape {shape} cannot serve a group of shape {expected}.")
         first = not self._alternatives
         self._alternatives[name] = choice
+        changes.note()
         if first:
             self.select(name)
 
@@ -85,6 +87,7 @@ class FusedGroup(nn.Module):
             raise InputError("kernel.alternative", f"the group holds no weights named {name!r}.", hint)
         self.active = name
         self._pending.clear()
+        changes.note()
 
     def holds(self, name: str) -> bool:
         """True where there are packed weights under that name."""

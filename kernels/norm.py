@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autotune.errors import DeviceError
+from autotune.kernels import changes
 from autotune.kernels.cpu.norm import rms_norm
 
 _EPS = ("variance_epsilon", "eps")  # what model classes call it
@@ -24,6 +25,10 @@ class FusedRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight  # (width,)
         self.variance_epsilon = eps
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        changes.note()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight

@@ -125,7 +125,12 @@ def calls(monkeypatch):
     """Tokens of each time that a native layer ran."""
     made = []
     step = native.step
-    monkeypatch.setattr(native, "step", lambda *given: (made.extend([given[1].count] * given[0].number), step(*given))[1])
+
+    def counted(stack, tokens, threads):
+        made.extend([tokens.count] * stack.number)
+        return step(stack, tokens, threads)
+
+    monkeypatch.setattr(native, "step", counted)
     return made
 
 
@@ -139,7 +144,7 @@ def test_logits_and_caches_are_those_of_transformers(kind, dtype, tolerance, bat
     found, ours = walk(made, prompt)
     assert trusted(made) == [True, True]
     assert calls == [batch] * 22  # the second token, the first that finds all layers trusted, runs both ways
-    assert made.model.forward._trusted
+    assert made.model.forward.trusted
     assert close(found, expected, tolerance)
     assert ours.get_seq_length() == kept.get_seq_length() == 19
     for a, b in zip(ours.layers, kept.layers, strict=True):

@@ -2,23 +2,28 @@
 //
 // Vectors of sixteen floats in the compilers' own notation, whatever the CPU has. Keys and values are widened once for
 // up to four query heads; what they are kept as (`kept.h`) says how. A row's scale enters its score, or its weight.
-// Sums are fp32.
+// Sums are fp32. Memory is never idle: values are fetched to the second cache while keys are read, and the next key head's
+// keys while values are.
 #pragma once
 
+#include "attention_bf16.h"
 #include "kept.h"
 
-// scores[r * count + j] = q[r] . k[j] for `heads` queries, each `width` floats. Values, which are needed next, are fetched
-// to the second cache meanwhile.
+// A row's lines to the second cache.
+template <typename K>
+inline void fetch(const K* row, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64 / sizeof(K)) __builtin_prefetch(row + i, 0, 2);
+}
+
+// scores[r * count + j] = q[r] . k[j] for `heads` queries, each `width` floats.
 template <int heads, typename K>
 void query_keys(const float* queries, const K* keys, const K* values, int64_t count, int64_t width, float* scores) {
-    const int64_t whole = width / kWide * kWide, line = 64 / sizeof(K), ahead = 4096 / sizeof(K);
+    const int64_t whole = width / kWide * kWide, ahead = 4096 / sizeof(K);
     const int64_t row = row_size<K>(width);
     for (int64_t j = 0; j < count; ++j) {
-        const K *key = keys + j * row, *value = values + j * row;
-        for (int64_t i = 0; i < width; i += line) {
-            __builtin_prefetch(key + ahead + i, 0, 2);
-            __builtin_prefetch(value + i, 0, 2);
-        }
+        const K* key = keys + j * row;
+        fetch(key + ahead, width);
+        fetch(values + j * row, width);
         Lanes sums[heads] = {};
         for (int64_t i = 0; i < whole; i += kWide) {
             const Lanes k = load(key + i);
@@ -56,8 +61,11 @@ void weigh(const float* scores, const K* values, int64_t count, int64_t width, c
 }
 
 template <int heads, typename K, typename T>
-void weigh_values(float* scores, const K* values, int64_t count, int64_t width, const float* totals, T* out) {
+void weigh_values(float* scores, const K* values, const K* next, int64_t count, int64_t width, const float* totals,
+                  T* out) {
     const int64_t row = row_size<K>(width);
+    if constexpr (kDots<T, K>)
+        if (width % kPairs == 0) return weigh_halves<heads>(scores, values, next, count, width, totals, out);
     if constexpr (kCoded<K>)
         for (int64_t j = 0; j < count; ++j) {
             const float scale = row_scale(values + j * row, width);
@@ -93,18 +101,27 @@ constexpr int kMostHeads = 4;
 
 inline int64_t attention_room(int64_t count, int64_t width) { return kMostHeads * (count + width); }
 
-// As many query heads at a time as `heads`, then half as many. `room`: attention_room floats.
+template <int heads, typename T, typename K>
+void all_scores(const T* queries, const K* keys, const K* values, int64_t count, int64_t width, float* scores,
+                float* wide_queries) {
+    if constexpr (kDots<T, K>)
+        if (width % kPairs == 0) return query_halves<heads>(queries, keys, values, count, width, scores);
+    for (int64_t i = 0; i < heads * width; ++i) wide_queries[i] = wide(queries[i]);
+    query_keys<heads>(wide_queries, keys, values, count, width, scores);
+}
+
+// As many query heads at a time as `heads`, then half as many. `next`: keys that will be read after this, or null; `room`:
+// attention_room floats.
 template <typename T, typename K, int heads = kMostHeads>
-void attend(const T* queries, int64_t number, const K* keys, const K* values, int64_t count, int64_t width,
-            float scaling, float* room, T* out) {
-    float *scores = room, *wide_queries = room + heads * count;
+void attend(const T* queries, int64_t number, const K* keys, const K* values, const K* next, int64_t count,
+            int64_t width, float scaling, float* room, T* out) {
+    float* scores = room;
     for (; number >= heads; number -= heads, queries += heads * width, out += heads * width) {
-        for (int64_t i = 0; i < heads * width; ++i) wide_queries[i] = wide(queries[i]);
-        query_keys<heads>(wide_queries, keys, values, count, width, scores);
+        all_scores<heads>(queries, keys, values, count, width, scores, room + heads * count);
         float totals[heads];
         for (int r = 0; r < heads; ++r) totals[r] = exponentials(scores + r * count, count, scaling);
-        weigh_values<heads>(scores, values, count, width, totals, out);
+        weigh_values<heads>(scores, values, next, count, width, totals, out);
     }
     if constexpr (heads > 1)
-        if (number) attend<T, K, heads / 2>(queries, number, keys, values, count, width, scaling, room, out);
+        if (number) attend<T, K, heads / 2>(queries, number, keys, values, next, count, width, scaling, room, out);
 }

@@ -59,9 +59,11 @@ void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
     }
 }
 
-// Normalises and turns a key head's queries and its key, keeps key and value, and attends. False: no memory.
+// Normalises and turns a key head's queries and its key, keeps key and value, and attends. `more`: the same thread does the
+// next one. False: no memory.
 template <typename T, typename K>
-bool key_head(const Layer& a, const Place& p, const Tokens& t, int64_t token, int64_t head) {
+bool key_head(const Layer& a, const Place& p, const Tokens& t, int64_t unit, bool more) {
+    const int64_t token = unit / a.key_heads, head = unit % a.key_heads;
     const int64_t shared = a.heads / a.key_heads, kept = p.position + 1;
     float* room = reinterpret_cast<float*>(scores_buffer.of(attention_room(kept, a.width) * sizeof(float)));
     if (!room) return false;
@@ -70,7 +72,7 @@ bool key_head(const Layer& a, const Place& p, const Tokens& t, int64_t token, in
     const T* value = row + (a.heads + a.key_heads + head) * a.width;
     const T* cosines = static_cast<const T*>(t.cosines) + token * t.rotary_stride;
     const T* sines = static_cast<const T*>(t.sines) + token * t.rotary_stride;
-    const int64_t size = row_size<K>(a.width), place = (token * a.key_heads + head) * p.capacity * size;
+    const int64_t size = row_size<K>(a.width), place = unit * p.capacity * size;
     K *keys = static_cast<K*>(p.keys) + place, *values = static_cast<K*>(p.values) + place;
     if (a.k_norm) rms_norm(key, static_cast<const T*>(a.k_norm), key, a.width, a.k_eps);
     rotate(key, cosines, sines, t.rotary);
@@ -82,16 +84,20 @@ bool key_head(const Layer& a, const Place& p, const Tokens& t, int64_t token, in
         rotate(query, cosines, sines, t.rotary);
     }
     T* out = static_cast<T*>(a.attended) + (token * a.heads + head * shared) * a.width;
-    attend(queries, shared, keys, values, kept, a.width, a.scaling, room, out);
+    attend(queries, shared, keys, values, more ? keys + p.capacity * size : nullptr, kept, a.width, a.scaling, room, out);
     return true;
 }
 
 template <typename T, typename K>
 bool all_heads(const Layer& a, const Place& p, const Tokens& t, int threads) {
     bool enough = true;
-#pragma omp parallel for num_threads(threads) reduction(&& : enough)
-    for (int64_t unit = 0; unit < t.count * a.key_heads; ++unit)
-        enough = key_head<T, K>(a, p, t, unit / a.key_heads, unit % a.key_heads) && enough;
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
+    {
+        int64_t first, last;
+        share(t.count * a.key_heads, omp_get_thread_num(), omp_get_num_threads(), first, last);
+        for (int64_t unit = first; unit < last; ++unit)
+            enough = key_head<T, K>(a, p, t, unit, unit + 1 < last) && enough;
+    }
     return enough;
 }
 

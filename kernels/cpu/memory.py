@@ -14,7 +14,7 @@ _ALIGNMENT = 64  # a cache line, and the width of a vector
 def on_large_pages(data: torch.Tensor) -> torch.Tensor:
     """The same bytes (1-d uint8), aligned, on large pages where the system gives them: fewer address translations."""
     room = torch.empty(data.numel() + _ALIGNMENT, dtype=torch.uint8)
-    _advise(room.data_ptr(), room.numel())
+    advise(room)
     shift = -room.data_ptr() % _ALIGNMENT
     return room[shift : shift + data.numel()].copy_(data)
 
@@ -26,8 +26,9 @@ def padded_bias(bias: torch.Tensor, outputs: int) -> torch.Tensor:
     return wide
 
 
-def _advise(start: int, size: int) -> None:
+def advise(room: torch.Tensor) -> None:
     """Ask for large pages before the memory is first written; refusal is no error."""
+    start, size = room.data_ptr(), room.nbytes
     first = -(-start // _LARGE_PAGE) * _LARGE_PAGE
     last = (start + size) // _LARGE_PAGE * _LARGE_PAGE
     if last > first and hasattr(mmap, "MADV_HUGEPAGE"):
