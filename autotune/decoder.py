@@ -303,7 +303,7 @@ def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found.float() - expected.float()).norm()) <= _SAME * float(expected.float().norm())
 
 
-def fit(angles: Any, x: torch.Tensor) -> bool:
+def fit(angles: tuple[torch.Tensor, ...], x: torch.Tensor) -> bool:
     """Angles, cosines and sines, each (1 or sequences, 1, turned numbers), as the native call reads them."""
     cosines, sines = angles
     shape = cosines.shape

@@ -29,6 +29,8 @@ from autotune.kernels.norm import FusedRMSNorm
 _CHILDREN = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
 _OUTPUTS = ["last_hidden_state", "past_key_values"]
+_AHEAD = 64  # positions
+_LENGTHLESS = {"default", "linear", "llama3", "yarn"}  # kinds of rotary angles that know nothing of the text's length
 _numbers = itertools.count()
 _MOST_BYTES = 2**29  # of a cache: when a longer one grew, all of its layers would lie in memory twice
 
@@ -79,6 +81,34 @@ class _Plan:
         return all(place.get(name) is member for place, name, member in zip(*self.places, strict=True))
 
 
+class _Angles:
+    """Cosines and sines of positions, a block ahead: one by one they are a dozen operators in every step."""
+
+    def __init__(self) -> None:
+        self._first = -1
+        self._of: tuple[Any, Any] = (None, None)
+        self._ahead: tuple[torch.Tensor, ...] = ()  # (1, positions, turned numbers) each
+
+    def of(self, rotary: Any, x: torch.Tensor, given: torch.Tensor | None, filled: int) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines, as `rotary` gives them, of the positions given, or of the next one."""
+        single = given is None or given.numel() == 1
+        if not single or getattr(rotary, "rope_type", None) not in _LENGTHLESS:
+            positions = torch.full((1, 1), filled) if given is None else given
+            return rotary(x, positions)  # type: ignore[no-any-return]
+        position = filled if given is None else int(given)
+        first = position // _AHEAD * _AHEAD
+        of = (rotary, rotary.inv_freq)
+        if (
+            self._first != first
+            or self._of[0] is not of[0]
+            or self._of[1] is not of[1]
+            or self._ahead[0].dtype != x.dtype
+        ):
+            self._ahead = rotary(x, torch.arange(first, first + _AHEAD).unsqueeze(0))
+            self._first, self._of = first, of
+        return tuple(item.narrow(1, position - first, 1) for item in self._ahead)
+
+
 class OneStep:
     """Stands in for a decoder's `forward`."""
 
@@ -87,9 +117,10 @@ class OneStep:
         self.trusted: bool | None = None  # None: not tried yet
         self._plan: _Plan | None = None
         self._output: Any = None  # transformers' class
+        self._angles = _Angles()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plan": None}  # pointers and hooks are of this very object
+        return self.__dict__ | {"_plan": None, "_angles": _Angles()}  # pointers and hooks are of this very object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.trusted is not False and not args and self._is_token(kwargs):
@@ -120,10 +151,7 @@ class OneStep:
         rooms = None if plan is None else _rooms(plan, cache, x)
         if plan is None or rooms is None or not _is_open(given.get("attention_mask"), rooms):
             return None
-        positions = given.get("position_ids")
-        if positions is None:
-            positions = torch.full((1, 1), rooms.filled)
-        angles = decoder.rotary_emb(x, positions)
+        angles = self._angles.of(decoder.rotary_emb, x, given.get("position_ids"), rooms.filled)
         if not fit(angles, x) or angles[0].shape[2] > plan.steps[0].layer.self_attn.head_dim:
             return None
         y = decoder.norm(plan.layers.run(x, angles, rooms))
@@ -141,10 +169,12 @@ class OneStep:
         return slow
 
     def _planned(self, x: torch.Tensor) -> _Plan | None:
-        """How to run the layers, if all are trusted and nobody watches; else None."""
+        """How to run the layers, if all are trusted and nobody watches or might want gradients; else None."""
+        if torch.is_grad_enabled() or not may(self.decoder, x):
+            return None
         if self._plan is None or not self._plan.is_current(x):
-            self._plan = None if _watched(self.decoder.layers) else _plan(self.decoder, x)
-        return self._plan if may(self.decoder, x) else None
+            self._plan = None if _watched(self.decoder) else _plan(self.decoder, x)
+        return self._plan
 
 
 def _plan(decoder: Any, x: torch.Tensor) -> _Plan | None:
@@ -154,7 +184,7 @@ def _plan(decoder: Any, x: torch.Tensor) -> _Plan | None:
     for name, layer in layers.items():
         step = vars(layer).get("forward")
         item = step.prepared(x) if isinstance(step, OneToken) and step.layer is layer and step.trusted else None
-        if item is None or layer.training or (torch.is_grad_enabled() and layer.input_layernorm.weight.requires_grad):
+        if item is None or layer.training:
             return None
         steps.append((step, item))
         places += [(layers, name, layer), (vars(layer), "forward", step), (vars(layer), "training", False)]
@@ -198,7 +228,9 @@ def _is_open(mask: Any, rooms: Rooms) -> bool:
     return isinstance(mask, torch.Tensor) and mask.shape == (rooms.sequences, rooms.filled + 1) and bool(mask.all())
 
 
-def _watched(layers: nn.Module) -> bool:
+def _watched(decoder: Any) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks for module in layers.modules())
+    return any(
+        module._forward_hooks or module._forward_pre_hooks for module in (decoder.rotary_emb, *decoder.layers.modules())
+    )

@@ -23,6 +23,27 @@ float plane_weight(int plane) {
     return plane == planes - 1 ? 1.0f : plane == planes - 2 ? 256.0f : 65536.0f;
 }
 
+// A block's outputs of one row: sums that all planes and scales of groups are in, times the row's scale and the channel's.
+template <class Type, bool grouped>
+INLINE void put_outputs(const Linear& a, int block, Floats total, float row_scale, void* y, int64_t row) {
+    Floats scale = splat(row_scale);
+    if constexpr (!grouped) scale = scale * load_bf16(a.scales + block * kLanes);
+    Floats bias = a.bias ? load_floats(a.bias + block * kLanes) : zero_floats();
+    Floats result = fma(total, scale, bias);
+    uint8_t* out = static_cast<uint8_t*>(y) + row * a.outputs * Type::kBytes;
+    if ((block + 1) * kLanes <= a.outputs)
+        Type::store(out, block * kLanes, result);
+    else
+        store_tail<Type>(out, block * kLanes, a.outputs, result);
+}
+
+// The same where two planes were brought together as integers: `value` is of 256 * the upper plus the lower.
+template <class Type>
+INLINE void finish_pair(const Linear& a, int block, float row_scale, void* y, int64_t row, Floats value) {
+    const Floats off = load_floats(static_cast<const float*>(a.corrections) + block * kLanes);
+    put_outputs<Type, true>(a, block, fma(off, splat(-257.0f), value), row_scale, y, row);
+}
+
 // Sums of one row and block, all planes, to outputs. `sums(plane)` gives Ints, or Floats where grouped.
 template <class Type, int planes, bool grouped, class Get>
 INLINE void finish(const Linear& a, int block, float row_scale, void* y, int64_t row, Get sums) {
@@ -37,13 +58,5 @@ INLINE void finish(const Linear& a, int block, float row_scale, void* y, int64_t
         }
         total = fma(value, splat(plane_weight<planes>(plane)), total);
     }
-    Floats scale = splat(row_scale);
-    if constexpr (!grouped) scale = scale * load_bf16(a.scales + block * kLanes);
-    Floats bias = a.bias ? load_floats(a.bias + block * kLanes) : zero_floats();
-    Floats result = fma(total, scale, bias);
-    uint8_t* out = static_cast<uint8_t*>(y) + row * a.outputs * Type::kBytes;
-    if ((block + 1) * kLanes <= a.outputs)
-        Type::store(out, block * kLanes, result);
-    else
-        store_tail<Type>(out, block * kLanes, a.outputs, result);
+    put_outputs<Type, grouped>(a, block, total, row_scale, y, row);
 }

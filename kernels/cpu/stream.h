@@ -48,6 +48,9 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
 template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
 void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
+    // Two planes of a group of up to 128 inputs fit an int32 together (255 * 128 * 128 * 257 < 2^31): half the conversions.
+    constexpr bool paired = grouped && planes == 2;
+    constexpr int kept = paired ? tokens : rows;
     // Several streams are fetched to the second cache, far ahead: the first cache waits for too few lines at once.
     constexpr int64_t ahead = blocks == 1 ? 4096 : 3072;
     constexpr int level = blocks == 1 ? 3 : 2;
@@ -56,10 +59,10 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
     const uint8_t* w = a.weights + block * block_bytes;
     const uint8_t* codes = x.codes + token * planes * a.padded;
     const int64_t groups = a.steps / a.steps_per_group;
-    Floats totals[blocks][rows];
+    Floats totals[blocks][kept];
     Ints whole[blocks][rows];
     for (int b = 0; b < blocks; b++)
-        for (int r = 0; r < rows; r++) totals[b][r] = zero_floats();
+        for (int r = 0; r < kept; r++) totals[b][r] = zero_floats();
     for (int64_t g = 0; g < groups; g++) {
         Sums<rows> sums[blocks];
 #pragma GCC unroll 4
@@ -83,30 +86,42 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
                 __builtin_prefetch(scales + scales_ahead);
                 Floats scale = load_bf16(scales);
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; r++)
-                    totals[b][r] = fma(to_floats(gathered<rows>(sums[b][r])), scale, totals[b][r]);
+                for (int r = 0; r < kept; r++) {
+                    Ints sum;
+                    if constexpr (paired)
+                        sum = shift_left_int<8>(gathered<rows>(sums[b][2 * r])) + gathered<rows>(sums[b][2 * r + 1]);
+                    else
+                        sum = gathered<rows>(sums[b][r]);
+                    totals[b][r] = fma(to_floats(sum), scale, totals[b][r]);
+                }
             } else {
                 for (int r = 0; r < rows; r++) whole[b][r] = gathered<rows>(sums[b][r]);
             }
         }
     }
     for (int b = 0; b < blocks; b++)
-        for (int t = 0; t < tokens; t++)
-            finish<Type, planes, grouped>(a, block + b * apart, x.scales[token + t], y, token + t, [&](int plane) {
-                if constexpr (grouped)
-                    return totals[b][t * planes + plane];
-                else
-                    return whole[b][t * planes + plane];
-            });
+        for (int t = 0; t < tokens; t++) {
+            const float scale = x.scales[token + t];
+            if constexpr (paired)
+                finish_pair<Type>(a, block + b * apart, scale, y, token + t, totals[b][t]);
+            else
+                finish<Type, planes, grouped>(a, block + b * apart, scale, y, token + t, [&](int plane) {
+                    if constexpr (grouped)
+                        return totals[b][t * planes + plane];
+                    else
+                        return whole[b][t * planes + plane];
+                });
+        }
 }
 
 // As many tokens at a time as the registers hold, then half as many, down to one.
 template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
-INLINE void stream_tokens(const Linear& a, int block, const Rows& x, int64_t token, int64_t end, void* y) {
+INLINE void stream_tokens(const Linear& a, int block, int apart, const Rows& x, int64_t token, int64_t end, void* y) {
     for (; token + tokens <= end; token += tokens)
-        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, 1, x, token, y);
+        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, apart, x, token, y);
     if constexpr (tokens > 1)
-        if (token < end) stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, x, token, end, y);
+        if (token < end)
+            stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, apart, x, token, end, y);
 }
 
 template <class Format, class Type, int planes, bool grouped>
@@ -120,9 +135,17 @@ void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
             stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, 1, x, 0, y);
         return;
     }
+    constexpr int few = kStreamRows / planes / 2;
+    if constexpr (kStreamBlocks > 1 && few > 1)
+        if (x.count <= few) {  // a few tokens: two streams, for the same reason, and activations meet both
+            const int each = (last - first) / 2;
+            for (int block = first; block < first + each; block++)
+                stream_tokens<Format, Type, planes, grouped, 2, few>(a, block, each, x, 0, x.count, y);
+            first += 2 * each;
+        }
     for (int64_t start = 0; start < x.count; start += pass)
         for (int block = first; block < last; block++)
-            stream_tokens<Format, Type, planes, grouped, 1>(a, block, x, start, std::min(x.count, start + pass), y);
+            stream_tokens<Format, Type, planes, grouped, 1>(a, block, 1, x, start, std::min(x.count, start + pass), y);
 }
 
 // False when memory ran out.
