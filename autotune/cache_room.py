@@ -81,6 +81,7 @@ class Rooms:
             for number, layer in enumerate(kept):
                 self._buffer[2 * number, :, :, : self.filled] = layer.keys
                 self._buffer[2 * number + 1, :, :, : self.filled] = layer.values
+                layer._autotune_room = None
         self._show()
 
     def serves(self, layers: Sequence[Any]) -> bool:

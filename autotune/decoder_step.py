@@ -179,8 +179,10 @@ class OneStep:
 
 def _plan(decoder: Any, x: torch.Tensor) -> _Plan | None:
     seen = changes.count(), RemovableHandle.next_id
-    steps, layers = [], decoder.layers._modules
-    places: list[tuple[dict[str, Any], str, Any]] = [(vars(decoder.config), "num_hidden_layers", len(layers))]
+    steps, layers, config = [], decoder.layers._modules, vars(decoder.config)
+    if config.get("num_hidden_layers") != len(layers):  # transformers would run the first ones only
+        return None
+    places: list[tuple[dict[str, Any], str, Any]] = [(config, "num_hidden_layers", config["num_hidden_layers"])]
     for name, layer in layers.items():
         step = vars(layer).get("forward")
         item = step.prepared(x) if isinstance(step, OneToken) and step.layer is layer and step.trusted else None
@@ -215,6 +217,7 @@ def _rooms(plan: _Plan, cache: Any, x: torch.Tensor) -> Rooms | None:
         return None
     if rooms is None or not rooms.serves(layers):
         if sum(item.keys.nbytes + item.values.nbytes for item in kept) > _MOST_BYTES:
+            cache._autotune_rooms = None
             return None
         rooms = cache._autotune_rooms = Rooms(kept)
     rooms.checked = plan.number

@@ -11,7 +11,6 @@ from autotune.decoder_step import OneStep
 from autotune.kernels.cpu import decoder as native
 
 pytestmark = pytest.mark.skipif("cxx" not in FEATURES, reason="there is no C++ compiler")
-LAYERS = 2
 
 
 @pytest.fixture
@@ -131,6 +130,14 @@ def test_layers_put_in_later_are_seen(stacks):
     stacks.clear()
     found = walk(made)[0]
     assert close(found, walk(expected)[0], 2e-5) or stacks.count(2) == 0
+
+
+def test_fewer_layers_than_there_are():
+    (made, cache), plain = warmed(), build(quick=False)
+    _, kept = walk(plain, tokens=4)
+    made.config.num_hidden_layers = plain.config.num_hidden_layers = 1
+    assert close(token(made, cache).logits, token(plain, kept).logits, 2e-5)
+    assert cache.layers[1].keys.shape[2] == 13
 
 
 def test_a_cache_that_others_changed_is_read_again(stacks):

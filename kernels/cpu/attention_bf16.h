@@ -80,6 +80,14 @@ void query_halves(const Half* queries, const Half* keys, const Half* values, int
     }
 }
 
+// Sums at even and at odd places, divided, to their places. Not inlined: it is seldom run and takes long to compile.
+__attribute__((noinline)) inline void put_both(__m512 even, __m512 odd, float total, Half* out) {
+    float sums[2][16];
+    _mm512_storeu_ps(sums[0], even);
+    _mm512_storeu_ps(sums[1], odd);
+    for (int i = 0; i < kPairs; ++i) narrow(sums[i % 2][i / 2] / total, out[i]);
+}
+
 // out[r * width + i ..] over `vectors` vectors: the sum over j of scores[r][j] * v[j][i ..], divided by totals[r].
 template <int heads, int vectors>
 inline void weigh_vectors(const float* scores, const Half* values, const Half* next, int64_t count, int64_t width,
@@ -102,12 +110,7 @@ inline void weigh_vectors(const float* scores, const Half* values, const Half* n
         }
     }
     for (int r = 0; r < heads; ++r)
-        for (int n = 0; n < vectors; ++n)
-            for (int lane = 0; lane < 16; ++lane) {
-                Half* place = out + r * width + n * kPairs + 2 * lane;
-                narrow(even[r][n][lane] / totals[r], place[0]);
-                narrow(odd[r][n][lane] / totals[r], place[1]);
-            }
+        for (int n = 0; n < vectors; ++n) put_both(even[r][n], odd[r][n], totals[r], out + r * width + n * kPairs);
 }
 
 template <int heads>
