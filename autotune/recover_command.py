@@ -36,7 +36,7 @@ def recover(
         if budget is not None and not budget > 0:
             raise UsageError("recover.budget", f"{name} {budget} is not a budget.", "Give a number above zero.")
     with stoppable(console, "keeping the best state so far") as (bars, stop):
-        from autotune.recover.run import Options
+        from autotune.recover.job import Options
         from autotune.recover.run import recover as train
 
         value = train(run, Options(minutes, tokens, data, point, seed, device), bars, stop.is_set)

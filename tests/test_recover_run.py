@@ -21,7 +21,8 @@ from autotune.model import load_model, open_model
 from autotune.plan import Plan
 from autotune.recover import run as recover_module
 from autotune.recover import training
-from autotune.recover.run import Options, recover
+from autotune.recover.job import Options
+from autotune.recover.run import recover
 from autotune.tune import tune
 
 TRAINED = "uniform 2:4+w8a8-int8"

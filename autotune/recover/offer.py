@@ -12,13 +12,13 @@ from typing import Any
 
 from autotune.finalists import front_ratio, nearest_candidate, search_budget
 from autotune.models import Models
+from autotune.recover.job import TOKENS
 from autotune.result import Result
 from autotune.search.front import excess
 from autotune.search.problem import Candidate
 from autotune.search.ratio import dnll_upper_nats
 
 REACH = 3.0  # times the budget; beyond, minutes of training have not been seen to help enough
-TOKENS = 1_000_000  # that recovery takes where nothing is said
 FORWARD_PASSES = 4.5  # of the dense model, that a training step takes as long as: measured, 4.4 on the demo model
 _FASTER = 1.05  # than the plan, to be worth the training
 _TIMED_TOKENS = 256
