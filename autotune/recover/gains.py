@@ -16,7 +16,7 @@ interval is not: it supposes that nothing more is gained.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -91,12 +91,17 @@ def kind_of(name: str) -> str:
     return f"{item.sparsity}, {item.weight.bits} bits"
 
 
+def kinds(names: Iterable[str]) -> tuple[str, ...]:
+    """Of schemes, those worth training."""
+    return tuple(dict.fromkeys(kind for name in names if (kind := kind_of(name))))
+
+
 def probes(problem: Problem) -> tuple[Probe, ...]:
     """What is trained, the kind with most groups first."""
     groups = [group for group in problem.groups if group.name != GROUP]
     worth = {group.name: _worth(group) for group in groups}
     made = []
-    for kind in dict.fromkeys(kind for options in worth.values() for kind in options):
+    for kind in kinds(option.scheme for options in worth.values() for option in options.values()):
         having = [group for group in groups if kind in worth[group.name]]
         taken: dict[str, str] = {}
         for role in dict.fromkeys(group.role for group in having):

@@ -21,6 +21,7 @@ from autotune.result import Result
 from autotune.session import Session
 from autotune.store import digest, read_json, write_json
 
+SEARCHED = "searched"  # as `--point` takes it: the search once more, with what training wins back (`searched.py`)
 TOKENS = 1_000_000  # where nothing is said
 VERSION = "recover/2"  # part of every key; change it whenever the codes would change
 

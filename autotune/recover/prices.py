@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
 from autotune.recover.gains import Factor, kind_of
-from autotune.score import LossTable
-from autotune.search.problem import GroupOptions, Problem
+from autotune.score import LossRow, LossTable
+
+TABLE = "loss_recovered.csv"  # in the run's folder
+METHOD = "fisher, times what training leaves"
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,11 @@ class Price:
 class Prices:
     rows: tuple[Price, ...]
 
-    def problem(self, one_shot: Problem) -> Problem:
-        """The problem with recovered losses; what has no row (dense, the KV cache) keeps its own."""
-        known = {(row.group, row.scheme): row.recovered_nats for row in self.rows}
-
-        def priced(group: GroupOptions) -> GroupOptions:
-            options = [replace(o, loss_nats=known.get((group.name, o.scheme), o.loss_nats)) for o in group.options]
-            return replace(group, options=tuple(options))
-
-        return replace(one_shot, groups=tuple(priced(group) for group in one_shot.groups))
+    @property
+    def losses(self) -> LossTable:
+        """The recovered column by itself, as a search takes it."""
+        rows = [(r.group, r.scheme, r.recovered_nats, r.recovered_low_nats, r.recovered_high_nats) for r in self.rows]
+        return LossTable(tuple(LossRow(*row, METHOD) for row in rows))
 
     def to_csv(self) -> str:
         return str(pd.DataFrame([asdict(row) for row in self.rows]).to_csv(index=False))

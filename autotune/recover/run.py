@@ -31,8 +31,8 @@ from autotune.models import LOOK_SHARES, Models
 from autotune.plan import Plan, Recovery
 from autotune.recover import candidates, training
 from autotune.recover.distill import Distillation
-from autotune.recover.job import Job, Options, budget, device_of, sequences_of
-from autotune.recover.searched import SEARCHED, Outcome, SearchedRecovery
+from autotune.recover.job import SEARCHED, Job, Options, budget, device_of, sequences_of
+from autotune.recover.searched import Outcome, SearchedRecovery
 from autotune.recover.training import Trained
 from autotune.reference_model import ReferenceModel
 from autotune.run import Reporter, silent

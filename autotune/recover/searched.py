@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from autotune import verify
-from autotune.decide import configuration, promised_share, run_search
+from autotune.decide import build_problem, configuration, promised_share, run_search
 from autotune.errors import InfeasibleError
 from autotune.finalists import front_ratio, search_budget, spread
 from autotune.kernels.kv_formats import GROUP
@@ -26,24 +26,31 @@ from autotune.models import Models
 from autotune.plan import Plan
 from autotune.recover import training
 from autotune.recover.candidates import genotype_of
-from autotune.recover.gains import SHORT, Factor, Trials, factors
+from autotune.recover.gains import EARLIER, SHORT, Factor, Trials, factors
 from autotune.recover.job import Job, Options, budget
-from autotune.recover.prices import Prices, prices
+from autotune.recover.prices import TABLE, Prices, prices
 from autotune.recover.texts import Sequences
 from autotune.result import Result
 from autotune.run import Reporter
+from autotune.score import LossTable
 from autotune.search.codec import decode_evaluation, encode_evaluation
 from autotune.search.front import fits, pareto_candidates
 from autotune.search.problem import Candidate, Evaluation, Front, Problem
 from autotune.search.ratio import LossRatio, dnll_upper_nats
+from autotune.search_space.space import SearchSpace
 from autotune.store import digest, write_text
+from autotune.tables import calibrate_latency, prune_losses
 from autotune.verify import EndToEnd
 
-SEARCHED = "searched"  # as `--point` takes it
 FASTER = 1.05  # than the run's plan, as predicted, to be worth the training
 TRIED = 3  # candidates trained briefly
-TABLE = "loss_recovered.csv"
 _SECONDS = 20.0  # of running the candidates end to end
+
+
+def price(training: float, kinds: int) -> float:
+    """All of it, where training the chosen one in full is `training` (minutes or tokens), with so many kinds of scheme
+    to measure. Besides training it takes a search and a run end to end, which need minutes whatever the budget."""
+    return training * (1 + SHORT * (TRIED + (1 + EARLIER) * kinds))
 
 
 @dataclass(frozen=True)
@@ -118,16 +125,22 @@ class SearchedRecovery:
         report: Reporter,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`result`: with every scheme that has weights."""
-        assert result.problem is not None and result.losses is not None and result.database is not None
-        self.problem = _without_cache(result.problem)
-        self.result = replace(result, problem=self.problem)
+        """`result`: with every scheme that has weights, also those that the run's search did not see: so latencies are
+        calibrated once more."""
+        assert result.losses is not None and result.database is not None
         self.session, self.losses, self.database = result.session, result.losses, result.database
         self.sequences, self.options, self.device = sequences, options, device
         self.report, self.should_stop = report, should_stop
         self.run = result.session.folder.path
         self.folder = self.run / "recovered"
+        models = self._models(result)
+        calibration = calibrate_latency(self.session, result.space, result.table, models, "recovered_calibration")
+        self.result = replace(result, calibration=calibration)
+        self.problem = self._problem(result.space, self.losses)
+        self.result.problem = self.problem
         self.trials = Trials(self.result, sequences, options.recipe, device)
+        self.reference = self._plan()
+        self.reference_us = self.problem.latency_us(genotype_of(self.problem, self.reference))
 
     def choose(self) -> Outcome:
         """Raises InfeasibleError `recover.no_candidate` where nothing is promised to be faster and within the budget;
@@ -137,23 +150,45 @@ class SearchedRecovery:
         key = digest([[probe.chosen for probe in self.trials.probes], self.session.spec.model_hash])
         steps = budget(self.options, self.sequences, self.folder, key, self._timed)
         short = max(1, round(steps * SHORT))
-        gains = self.trials.measure(short, self._progress("gains"))
-        made = factors(gains)
+        made = factors(self.trials.measure(short, self._progress("gains")))
         column, near = (prices(self.losses, made, count) for count in (steps, short))
         write_text(self.run / TABLE, column.to_csv())
-        promised = column.problem(self.problem)
-        models = self._models()
-        front = run_search(self.session, self.problem, models, self.should_stop, promised, "recovered_front")
+        space = prune_losses(self.session, self.result.space, self.result.table, column.losses)
+        one_shot, promised, soon = (self._problem(space, table) for table in (self.losses, column.losses, near.losses))
+        models = self._models(self.result)
+        front = run_search(self.session, one_shot, models, self.should_stop, promised, "recovered_front")
         self._go_on()
         ratio = front_ratio(front, self.session.search_limit)
         picked = self._pick(front, ratio, promised)
-        end_to_end = self._run(picked)
-        tried = [
-            self._try(number, candidate, promised, near.problem(self.problem), short, models, end_to_end)
-            for number, candidate in enumerate(picked)
-        ]
-        plan_us = self._measured_us(end_to_end, "plan", self._reference()[1])
+        jobs = [self._job(number, configuration(promised, item.genotype)) for number, item in enumerate(picked)]
+        end_to_end = self._run(jobs)
+        tried = []
+        for job, item in zip(jobs, picked, strict=True):
+            left, now = (promised_share(one_shot, problem, item.genotype) for problem in (promised, soon))
+            before, short_loss = item.evaluation.scaled(1 / left), self._trained(job, short)
+            latency_us = _measured_us(end_to_end, job.name, item.latency_us)
+            end = short_loss.scaled(left / now)
+            tried.append(Tried(job, item, before, now * before.kl_nats, short_loss, end, latency_us))
+        plan_us = _measured_us(end_to_end, "plan", self.reference_us)
         return Outcome(steps, short, made, column, tuple(tried), self._best(tried, ratio, plan_us), plan_us)
+
+    def _problem(self, space: SearchSpace, losses: LossTable) -> Problem:
+        """With the KV cache as the model is run: recovery leaves it so."""
+        result, calibration = self.result, self.result.calibration
+        assert calibration is not None
+        problem = build_problem(self.session, space, result.table, losses, calibration, result.cache)
+        groups = [replace(g, options=g.options[:1]) if g.name == GROUP else g for g in problem.groups]
+        return replace(problem, groups=tuple(groups), settled=())
+
+    def _plan(self) -> dict[str, str]:
+        """What candidates must be faster than: the run's plan, or the dense model."""
+        file = self.run / "plan.json"
+        chosen = Plan.load(file).configuration if file.is_file() else {}
+        return {group: name for group, name in chosen.items() if group != GROUP}
+
+    def _job(self, number: int, chosen: dict[str, str]) -> Job:
+        chosen.pop(GROUP, None)
+        return Job(self.result, f"candidate {number + 1}", chosen, self.database, self.sequences)
 
     def _timed(self) -> Any:
         return self.trials.distillation(self.trials.probes[0])
@@ -169,29 +204,21 @@ class SearchedRecovery:
         if self.should_stop():
             raise KeyboardInterrupt
 
-    def _models(self) -> Models:
-        models = Models(self.session, self.result.space, self.result.table)
+    def _models(self, result: Result) -> Models:
+        models = Models(self.session, result.space, result.table)
         models.database = self.database
         return models
-
-    def _reference(self) -> tuple[dict[str, str], float]:
-        """What candidates must be faster than, (group -> scheme, predicted latency): the plan, or the dense model."""
-        file = self.run / "plan.json"
-        chosen = Plan.load(file).configuration if file.is_file() else {}
-        chosen.pop(GROUP, None)
-        return chosen, self.problem.latency_us(genotype_of(self.problem, chosen))
 
     def _pick(self, front: Front, ratio: LossRatio, promised: Problem) -> list[Candidate]:
         """The fastest few within the budget, were promises kept."""
         limits = search_budget(self.session, promised)
-        known_us = self._reference()[1]
         feasible = [item for item in front.candidates if fits(item, limits, ratio)]
-        faster = [item for item in feasible if item.latency_us * FASTER <= known_us]
+        faster = [item for item in feasible if item.latency_us * FASTER <= self.reference_us]
         if not faster:
             best = min(feasible, key=lambda item: item.latency_us, default=None)
             there = f"the fastest promised within the budget takes {best.latency_us / 1e3:.2f} ms" if best else ""
             there = there or "none is promised within the budget"
-            raise self._nothing(f"{there}, and the plan {known_us / 1e3:.2f} ms")
+            raise self._nothing(f"{there}, and the plan {self.reference_us / 1e3:.2f} ms")
         return spread(pareto_candidates(faster), TRIED)
 
     def _nothing(self, why: str) -> InfeasibleError:
@@ -199,52 +226,29 @@ class SearchedRecovery:
         hint = "Give more --minutes or more --data, or recover a --point; the run is as it was."
         return InfeasibleError("recover.no_candidate", f"{what}: {why}.", hint)
 
-    def _run(self, picked: Sequence[Candidate]) -> EndToEnd | None:
+    def _run(self, jobs: Sequence[Job]) -> EndToEnd | None:
         """Candidates and plan end to end, interleaved, before anything is trained; None where nothing can be run."""
-        named = {"dense": {}, "plan": self._reference()[0]}
-        named |= {_name(n): configuration(self.problem, item.genotype) for n, item in enumerate(picked)}
+        named: dict[str, dict[str, str]] = {"dense": {}, "plan": self.reference} | {
+            job.name: job.chosen for job in jobs
+        }
         wanted = {pair for chosen in named.values() for pair in chosen.items()}
         space = self.result.space
         others = {(e.group, e.scheme) for e in space.usable() if e.scheme != space.dense} - wanted
-        models = Models(self.session, space.without(dict.fromkeys(others, "not tried")), self.result.table)
-        models.database = self.database
+        models = self._models(replace(self.result, space=space.without(dict.fromkeys(others, "not tried"))))
         if not models.runs:
             return None
-        kernels = [[[option.scheme, option.kernel] for option in group.options] for group in self.problem.groups]
 
         def compute() -> EndToEnd:
             assert models.runnable is not None
             progress = self.session.progress("verify")
             return verify.measure(models.runnable, named, self.session.workload, _SECONDS, progress)
 
+        kernels = [[[option.scheme, option.kernel] for option in group.options] for group in self.problem.groups]
         inputs = [verify.FORMAT, list(map(list, named.items())), kernels, str(self.session.workload)]
         folder = self.session.folder
         return folder.json_stage("recovered_endtoend", inputs, compute, EndToEnd.to_json, EndToEnd.from_json)
 
-    def _measured_us(self, end_to_end: EndToEnd | None, name: str, predicted_us: float) -> float:
-        return predicted_us if end_to_end is None else end_to_end.of(name).latency_ms.median * 1e3
-
-    def _try(
-        self,
-        number: int,
-        candidate: Candidate,
-        promised: Problem,
-        near: Problem,
-        steps: int,
-        models: Models,
-        end_to_end: EndToEnd | None,
-    ) -> Tried:
-        chosen = configuration(self.problem, candidate.genotype)
-        chosen.pop(GROUP, None)
-        job = Job(self.result, _name(number), chosen, self.database, self.sequences)
-        left = [promised_share(self.problem, problem, candidate.genotype) for problem in (promised, near)]
-        one_shot = candidate.evaluation.scaled(1 / left[0])
-        short = self._trained(number, job, steps)
-        expected = short.scaled(left[0] / left[1])
-        latency_us = self._measured_us(end_to_end, job.name, candidate.latency_us)
-        return Tried(job, candidate, one_shot, one_shot.kl_nats * left[1], short, expected, latency_us)
-
-    def _trained(self, number: int, job: Job, steps: int) -> Evaluation:
+    def _trained(self, job: Job, steps: int) -> Evaluation:
         """Its loss after the short training."""
         recipe = replace(self.options.recipe, steps=steps)
         config, memo = self.session.config, self.session.folder.memo()
@@ -280,11 +284,5 @@ class SearchedRecovery:
         raise self._nothing(why)
 
 
-def _name(number: int) -> str:
-    return f"candidate {number + 1}"
-
-
-def _without_cache(problem: Problem) -> Problem:
-    """With the KV cache as the model is run: recovery leaves it so."""
-    groups = [replace(g, options=g.options[:1]) if g.name == GROUP else g for g in problem.groups]
-    return replace(problem, groups=tuple(groups), settled=())
+def _measured_us(end_to_end: EndToEnd | None, name: str, predicted_us: float) -> float:
+    return predicted_us if end_to_end is None else end_to_end.of(name).latency_ms.median * 1e3
