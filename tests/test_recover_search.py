@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from autotune.search.problem import Evaluation, GroupOptions, Option, Problem
 from autotune.search_space.schemes import scheme
 from autotune.tune import tune
 
-TOKENS = 64 * 256
+STEPS = 160
 SPARSE = "2:4, 4 bits"
 
 
@@ -111,13 +112,13 @@ def home(tmp_path_factory):
     tiny.write_documents(folder / "data.jsonl", 16, 200)
     letters = np.random.default_rng(7).integers(97, 123, 6000)
     (folder / "more.txt").write_text(bytes(letters.tolist()).decode())
-    settings = tiny.settings(folder / "model", folder / "run", folder / "data.jsonl", max_loss=0.2, trials=4)
-    tune(RunConfig.of(**settings))
+    settings = tiny.settings(folder / "model", folder / "run", folder / "data.jsonl", max_loss=0.5, trials=4)
+    tune(RunConfig.of(**settings, schemes=("w8a16-int8", "2:4+w4a8-int4-g64")))
     return folder
 
 
 def options(home, **changes):
-    values = {"tokens": TOKENS, "data": home / "more.txt", "point": SEARCHED, "rate": 0.03, "batch_tokens": 256}
+    values = {"tokens": STEPS * 128, "data": home / "more.txt", "point": SEARCHED, "rate": 0.03, "batch_tokens": 128}
     return Options(**(values | changes))
 
 
@@ -132,7 +133,7 @@ def sparse_groups(plan):
 
 def files(run):
     """All that a searched recovery leaves and that must not depend on whether it was killed."""
-    paths = [run / TABLE, run / "recovered_front.json", run / "recovered" / "plan.json"]
+    paths = [run / TABLE, run / "recovered" / "plan.json"]
     return {path: path.read_bytes() for path in (*paths, *sorted((run / "recovered" / "weights").iterdir()))}
 
 
@@ -149,7 +150,7 @@ def test_factors_come_from_training(found):
     (sparse,) = (item for item in found["searched"]["factors"] if item["kind"] == SPARSE)
     assert sparse["left"] < 0.95 and sparse["high"] < 1.0
     assert sparse["at_budget"]["left"] <= sparse["left"]
-    assert sparse["steps"] == found["searched"]["short_steps"] == 8
+    assert sparse["steps"] == found["searched"]["short_steps"] == STEPS / 8
 
 
 def test_candidates_are_measured_and_the_final_loss_is_of_the_one_taken(found):
@@ -171,50 +172,60 @@ def test_the_same_again_does_nothing(found, home, monkeypatch):
     assert recover(home / "run", options(home)) == found
 
 
-@pytest.mark.parametrize(("stage", "number"), [("gains", 2), ("short", 5), ("recover", 40)])
-def test_killed_and_resumed_it_ends_in_the_same_bytes(found, home, tmp_path, monkeypatch, stage, number):
-    import shutil
-
-    run = tmp_path / "run"
-    shutil.copytree(home / "run", run)
+def test_killed_and_resumed_it_ends_in_the_same_bytes(found, home, tmp_path, monkeypatch):
+    """Killed while groups are tried, while a candidate is trained briefly, and while the one taken is trained."""
+    run = shutil.copytree(home / "run", tmp_path / "run")
     wanted = {path.relative_to(home / "run"): data for path, data in files(home / "run").items()}
     shutil.rmtree(run / "recovered")
     for name in ("evaluations.sqlite", TABLE, "recovered_front.json"):
         (run / name).unlink()
     stages = json.loads((run / "stages.json").read_text())
     (run / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "recovered_front"}))
-    monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(training, "_SAVE_EVERY_S", 0.05)
+    steps = []
 
     class Killed(Exception):
         pass
 
-    def kill(name, done, total, note=""):
-        if (name, done) == (stage, number):
-            raise Killed
+    def killed_at(place):
+        def report(name, done, total, note=""):
+            steps.append((name, done))
+            if (name, done) == place:
+                raise Killed
 
-    with pytest.raises(Killed):
-        recover(run, options(home), kill)
-    recover(run, options(home))
+        return report
+
+    for place in (("gains", 1), ("short", 15), ("recover", 40)):
+        with pytest.raises(Killed):
+            recover(run, options(home), killed_at(place))
+    assert ("recover", 1) in steps
+    steps.clear()
+    recover(run, options(home), killed_at(None))
+    assert not {("short", 1), ("recover", 1)} & set(steps) and ("recover", 41) in steps
     assert {path.relative_to(run): data for path, data in files(run).items()} == wanted
 
 
 def test_a_lying_factor_is_overruled(found, home, tmp_path, monkeypatch):
-    """Promised nothing is left of 2:4's loss, the fastest is tried first; what is measured takes another, or none."""
-    import shutil
-
+    """Were nothing left of 2:4's loss, the fastest of all would do; measured, it does not."""
     run = shutil.copytree(home / "run", tmp_path / "run")
+    (run / "evaluations.sqlite").unlink()
+    train = training.train
 
-    def lie(made):
-        return tuple(replace(item, left=0.01, low=0.01, power=0.0) for item in factors(made))
+    def useless_at_first(distillation, folder, *others, **settings):
+        return None if folder.name == "checkpoint-short" else train(distillation, folder, *others, **settings)
 
-    monkeypatch.setattr(searched, "factors", lie)
+    monkeypatch.setattr(training, "train", useless_at_first)
+    monkeypatch.setattr(gains.Trials, "measure", lambda *_: ())
+    monkeypatch.setattr(searched, "factors", lambda _: (Factor(SPARSE, (), 1.0, 32, 0.01, 0.01, 0.02, 0.0),))
     try:
-        rows = recover(run, options(home, tokens=TOKENS // 4))["searched"]["candidates"]
+        rows = recover(run, options(home))["searched"]["candidates"]
     except InfeasibleError as error:
         assert error.code == "recover.no_candidate" and "times the budget" in error.message
+        assert json.loads((run / "recovered" / "recovery.json").read_text()) == found  # as it was
         return
     fastest = min(rows, key=lambda item: item["latency_ms"])
-    assert not fastest["chosen"]
+    assert fastest["short_nats"] == pytest.approx(100 * fastest["short_promised_nats"])
+    assert not fastest["chosen"] and any(item["chosen"] for item in rows)
 
 
 def test_the_report_shows_the_column_and_what_was_tried(found, home):
@@ -229,8 +240,6 @@ def test_the_report_shows_the_column_and_what_was_tried(found, home):
 
 
 def test_a_recovery_of_another_loss_table_is_not_shown(found, home, tmp_path):
-    import shutil
-
     run = shutil.copytree(home / "run", tmp_path / "run")
     plan = Plan.load(run / "plan.json")
     other = plan.provenance.model_copy(update={"loss_table": "0" * 64})
@@ -240,8 +249,6 @@ def test_a_recovery_of_another_loss_table_is_not_shown(found, home, tmp_path):
 
 
 def test_where_nothing_is_promised_it_says_so_and_writes_nothing(home, found, tmp_path, monkeypatch):
-    import shutil
-
     run = shutil.copytree(home / "run", tmp_path / "run")
     shutil.rmtree(run / "recovered")
     monkeypatch.setattr(searched, "FASTER", 100.0)
