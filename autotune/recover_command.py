@@ -31,7 +31,7 @@ def recover(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where to train.")] = "auto",
 ) -> None:
     """Train what compression cost back into the weights of a finished run's plan, and certify the result."""
-    from autotune.errors import UsageError, VerificationError
+    from autotune.errors import UsageError
     from autotune.progress import stoppable
 
     for name, budget in (("--minutes", minutes), ("--tokens", tokens)):
@@ -48,6 +48,12 @@ def recover(
         value = train(run, Options(minutes, tokens, data, point, seed, device), bars, stop.is_set)
         redraw(run)
     _print(run, value)
+    _check_certificate(run, value)
+
+
+def _check_certificate(run: Path, value: dict[str, Any]) -> None:
+    from autotune.errors import VerificationError
+
     certificate = value["certificate"]
     if certificate["state"] in ("not_certified", "violated"):
         hint = f"Give more --minutes, or more --data; plan and model are in {run / 'recovered'}."
@@ -117,6 +123,8 @@ def _print_search(found: dict[str, Any]) -> None:
         measured, end = f"{item['left']:.0%} ({item['low']:.0%} to {item['high']:.0%})", item["at_budget"]["left"]
         console.print(f"{item['kind']}: {measured} of the loss left after {item['steps']} steps, {end:.0%} expected")
     console.print(f"the plan takes {found['plan_latency_ms']:.3g} ms")
+    if found["noisy"]:
+        console.print(f"note: {found['noisy']}")
     for item in found["candidates"]:
         losses = f"one-shot {item['one_shot_nats']:.5f}, after {found['short_steps']} steps {item['short_nats']:.5f}"
         promised = f"(promised {item['short_promised_nats']:.5f}), by the end {item['expected_nats']:.5f} nats"

@@ -259,6 +259,27 @@ def test_where_nothing_is_promised_it_says_so_and_writes_nothing(home, found, tm
     assert not (run / "recovered" / "plan.json").exists() and not (run / "recovered" / "model").exists()
 
 
+def test_minutes_are_turned_into_steps_once_and_the_model_is_given_back(home, found, tmp_path, monkeypatch):
+    """So few steps win nothing back; what is timed for them must not stay in the model that is trained next."""
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    (run / "evaluations.sqlite").unlink()
+    monkeypatch.setattr(training, "steps_for_minutes", lambda *_: 8)
+    asked = options(home, tokens=None, minutes=0.5)
+    for _ in range(2):
+        with pytest.raises(InfeasibleError, match="faster than the plan"):
+            recover(run, asked)
+        assert json.loads((run / "recovered" / "budget.json").read_text())["steps"] == 8
+        monkeypatch.setattr(training, "steps_for_minutes", None)
+
+
+def test_a_stop_before_anything_is_chosen_leaves_what_was_measured(home, found, tmp_path):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    shutil.rmtree(run / "recovered")
+    with pytest.raises(KeyboardInterrupt):
+        recover(run, options(home), should_stop=lambda: True)
+    assert not (run / "recovered").exists() and (run / "evaluations.sqlite").is_file()
+
+
 def test_evaluations_are_scaled_by_what_is_promised():
     half = Evaluation((10.0,), (4.0,), (2.0,)).scaled(0.5)
     assert (half.kl_nats, half.dnll_nats) == (0.2, 0.1)

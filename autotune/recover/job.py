@@ -12,7 +12,7 @@ from torch import nn
 from autotune.compress.database import WeightDatabase
 from autotune.errors import UsageError
 from autotune.model import load_tokenizer
-from autotune.recover import texts, training
+from autotune.recover import texts
 from autotune.recover.distill import BATCH_TOKENS, BLOCK_SHARE, RATE, Distillation, Recipe
 from autotune.recover.quantizer import Master
 from autotune.recover.student import Student
@@ -108,14 +108,12 @@ def sequences_of(session: Session, options: Options) -> Sequences:
     return texts.read(options.data, tokenizer, vocabulary, session.documents, length, options.seed)
 
 
-def budget(
-    options: Options, sequences: Sequences, folder: Path, key: str, distillation: Callable[[], Distillation]
-) -> int:
+def budget(options: Options, sequences: Sequences, folder: Path, key: str, fitting: Callable[[float], int]) -> int:
     """Steps of training. Minutes become steps once, by the clock, written down before they are acted on: a resumed
     recovery does the same.
 
     Args:
-        key: of what is trained; distillation: of it, to be timed.
+        key: of what is trained; fitting: how many of its steps fit into minutes.
     """
     if options.minutes is None:
         length = sequences.train.shape[1]
@@ -124,6 +122,6 @@ def budget(
     key = digest([key, repr(options.recipe), options.minutes, torch.get_num_threads()])
     if file.is_file() and read_json(file, "recover").get("key") == key:
         return int(read_json(file, "recover")["steps"])
-    steps = training.steps_for_minutes(distillation(), options.minutes)
+    steps = fitting(options.minutes)
     write_json(file, {"key": key, "minutes": options.minutes, "steps": steps})
     return steps

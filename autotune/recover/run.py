@@ -6,7 +6,9 @@
                      weights/    the codes, as the database keeps them
                      checkpoint/ where an unfinished training stands; the same command goes on from there
 
-The run's own plan and model are not touched.
+The run's own plan and model are not touched. `--point searched` first finds what to train (`searched.py`), in stages of
+the run's folder: `recovered_calibration`, `recovered_front` and `recovered_endtoend`, and the losses with their
+recovered column in `loss_recovered.csv`.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def recover(
     Raises:
         UsageError: `recover.budget`, `recover.latency_only`, `recover.device`.
         InputError: `config.missing`, `plan.choose`, `plan.point`, `recover.nothing`, `recover.too_few`, `data.*`.
+        InfeasibleError: `recover.no_candidate` where a search promises nothing faster within the budget.
         VerificationError: `recover.no_gain` when training did not lower the loss.
         BusyError: `store.locked`.
     """
@@ -114,7 +117,9 @@ def _begin(
         return job, job.distillation(replace(options.recipe, steps=steps), device), found
     job = Job(wide, *candidates.find(result, run, options.point), sequences)
     distillation = job.distillation(options.recipe, device)
-    steps = budget(options, sequences, run / FOLDER, job.key, lambda: distillation)
+    steps = budget(
+        options, sequences, run / FOLDER, job.key, lambda minutes: training.steps_for_minutes(distillation, minutes)
+    )
     distillation.recipe = replace(options.recipe, steps=steps)
     return job, distillation, None
 

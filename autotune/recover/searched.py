@@ -78,6 +78,7 @@ class Outcome:
     tried: tuple[Tried, ...]
     chosen: Tried
     plan_us: float  # of the run's plan, or of the dense model where it has none; as `Tried.latency_us`
+    noisy: str  # why those latencies say little; empty where they do
 
     def to_json(self) -> dict[str, Any]:
         """As recovery.json has it: docs/report.md."""
@@ -88,6 +89,7 @@ class Outcome:
             "sequence_length": tokens,
             "factors": [_factor(item, self.steps) for item in self.factors],
             "plan_latency_ms": self.plan_us / 1e3,
+            "noisy": self.noisy,
             "candidates": [_row(item) | {"chosen": item is self.chosen} for item in self.tried],
         }
 
@@ -148,7 +150,7 @@ class SearchedRecovery:
         if not self.trials.probes:
             raise self._nothing("no scheme here loses enough to be worth training")
         key = digest([[probe.chosen for probe in self.trials.probes], self.session.spec.model_hash])
-        steps = budget(self.options, self.sequences, self.folder, key, self._timed)
+        steps = budget(self.options, self.sequences, self.folder, key, self._fitting)
         short = max(1, round(steps * SHORT))
         made = factors(self.trials.measure(short, self._progress("gains")))
         column, near = (prices(self.losses, made, count) for count in (steps, short))
@@ -170,7 +172,8 @@ class SearchedRecovery:
             end = short_loss.scaled(left / now)
             tried.append(Tried(job, item, before, now * before.kl_nats, short_loss, end, latency_us))
         plan_us = _measured_us(end_to_end, "plan", self.reference_us)
-        return Outcome(steps, short, made, column, tuple(tried), self._best(tried, ratio, plan_us), plan_us)
+        noisy = end_to_end.noisy if end_to_end is not None else ""
+        return Outcome(steps, short, made, column, tuple(tried), self._best(tried, ratio, plan_us), plan_us, noisy)
 
     def _problem(self, space: SearchSpace, losses: LossTable) -> Problem:
         """With the KV cache as the model is run: recovery leaves it so."""
@@ -190,8 +193,13 @@ class SearchedRecovery:
         chosen.pop(GROUP, None)
         return Job(self.result, f"candidate {number + 1}", chosen, self.database, self.sequences)
 
-    def _timed(self) -> Any:
-        return self.trials.distillation(self.trials.probes[0])
+    def _fitting(self, minutes: float) -> int:
+        """Steps that fit into minutes, of the kind of scheme with most groups."""
+        distillation = self.trials.distillation(self.trials.probes[0])
+        try:
+            return training.steps_for_minutes(distillation, minutes)
+        finally:
+            distillation.student.release()
 
     def _progress(self, stage: str) -> Callable[[int, int, str], None]:
         def step(done: int, total: int, note: str) -> None:

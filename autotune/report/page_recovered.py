@@ -72,5 +72,6 @@ def _candidates(found: dict[str, Any]) -> Html:
     ]
     short = f"after {found['short_steps']} steps"
     head = ("", "time", "KL one-shot", f"{short}, promised", "measured", "by the end, promised", "expected since")
-    plan = tag("p", f"The run's plan takes {words.ms(found['plan_latency_ms'])}.", class_="note")
+    noisy = f" Times say little: {found['noisy']}." if found["noisy"] else ""
+    plan = tag("p", f"The run's plan takes {words.ms(found['plan_latency_ms'])}.{noisy}", class_="note")
     return tag("div", table(head, rows, numbers=(1, 2, 3, 4, 5, 6)), plan)
