@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch.nn import functional as F
 
 from autotune.errors import InputError
@@ -72,7 +72,7 @@ def bound(loss: np.ndarray, weight: np.ndarray, alpha: float, tokens: int) -> Bo
     mean = float(loss.sum() / weight.sum())
     residual = loss - mean * weight
     error = math.sqrt(float((residual**2).sum()) * count / max(1, count - 1)) / float(weight.sum())
-    reach = float(stats.t.ppf(1 - alpha, max(1, count - 1))) * error
+    reach = float(stdtrit(max(1, count - 1), 1 - alpha)) * error
     return Bound(mean, mean - reach, mean + reach, error, count, tokens)
 
 

@@ -7,7 +7,8 @@ Models are random Llamas of one width, written to a temporary folder in bf16. Ea
 own, once held whole in fp32 and once streamed (`autotune.streaming`): seconds without imports, and the process's peak
 resident memory beside what it was before weights were read (files mapped into memory count while they are mapped). All
 database entries have to be the same bytes. Groups of one block of that width are then compressed in this process:
-`together` is all formats of the default search space in one call, `apart` a call a format; codes have to be equal.
+`together` is all formats of the default search space in one call, `apart` a call a format, with equal codes; `plain` is
+a sweep a format, its factor included, by torch's operators, as where nothing can be compiled.
 HWPQ's metric (arXiv 2501.16376) and SparseGPT's pruning are timed on the same groups, and what calibration costs each.
 """
 
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compression_rivals import sparsegpt
@@ -35,6 +37,7 @@ from autotune.compress.curvature import sweep_factor
 from autotune.compress.rounding import find_grid
 from autotune.compress.sweep import Start, sweep
 from autotune.kernels.allocator import keep_large_blocks
+from autotune.kernels.cpu import sweep as native_sweep
 from autotune.kernels.patterns import choose
 from autotune.kernels.spec import KERNELS
 from autotune.model import load_model, open_model
@@ -46,7 +49,7 @@ from autotune.targets import detect
 SOME = ("w8a8-int8", "w4a16-int4-g128", "2:4+w4a16-int4-g128")
 VOCABULARY, TOKENS_A_DOCUMENT = 2048, 256
 MODES = ("whole", "streamed")
-EACH = [item for item in SCHEMES if not item.is_dense and item.weight.kind == "int"]
+EACH = [item for item in SCHEMES if not item.is_dense and (item.weight.kind == "int" or item.weight.bits == 16)]
 TOGETHER = list({(item.sparsity, item.weight): item for item in reversed(EACH)}.values())  # of equal weights one
 
 
@@ -184,6 +187,8 @@ def sweeps(weight: torch.Tensor, inputs: InputStatistics) -> dict[str, Any]:
     factor_s, factor = timed(lambda: sweep_factor(inputs.hessian))
     stacked_s, stacked = timed(lambda: sweep(begun, factor))
     apart_s, apart = timed(lambda: [sweep([start], factor)[0] for start in begun])
+    with patch.object(native_sweep, "available", lambda: False):
+        plain_s, _ = timed(lambda: [sweep([start], sweep_factor(inputs.hessian)) for start in begun])
     joint_s, joint = timed(lambda: methods.joint(weight, inputs, TOGETHER))
     singly_s, singly = timed(lambda: [methods.joint(weight, inputs, [item])[0] for item in TOGETHER])
     same = all(torch.equal(a, b) for a, b in zip(stacked, apart, strict=True)) and all(
@@ -196,6 +201,7 @@ def sweeps(weight: torch.Tensor, inputs: InputStatistics) -> dict[str, Any]:
         "sweep_together_s": stacked_s,
         "sweep_apart_s": apart_s,
         "sweep_and_factor_ratio": (apart_s + len(begun) * factor_s) / (stacked_s + factor_s),
+        "sweep_plain_s": plain_s,
         "joint_together_s": joint_s,
         "joint_apart_s": singly_s,
         "same_codes": same,
@@ -227,8 +233,10 @@ def group_line(row: dict[str, Any]) -> str:
     text = f"{row['group']:8} {row['out']:5} x {row['in']:<5} {row['swept']} formats:"
     text += f" sweep {row['sweep_together_s']:.3f} s, apart {row['sweep_apart_s']:.3f} s"
     text += (
-        f" ({row['sweep_apart_s'] / row['sweep_together_s']:.1f}x, with factors {row['sweep_and_factor_ratio']:.1f}x);"
+        f" ({row['sweep_apart_s'] / row['sweep_together_s']:.1f}x, with factors {row['sweep_and_factor_ratio']:.1f}x),"
     )
+    together_s = row["sweep_together_s"] + row["factor_s"]
+    text += f" plain {row['sweep_plain_s']:.3f} s ({row['sweep_plain_s'] / together_s:.1f}x with factors);"
     text += f" joint {row['joint_together_s']:.2f} s, apart {row['joint_apart_s']:.2f} s"
     text += (
         f" ({row['joint_apart_s'] / row['joint_together_s']:.1f}x); codes {'equal' if row['same_codes'] else 'DIFFER'}"

@@ -146,13 +146,15 @@ class FusedGroup(nn.Module):
         y: torch.Tensor = torch.ops.autotune.linear(x, weights, of.kernel, of.scheme, self.out_features)
         return y
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _uncover(self) -> bool:
         """Keep a copy of the active kernel's opaque tensor that a graph can hold; never traced itself."""
         choice = self._alternatives[self.active]
         if choice.operands is not None and not choice.operands.uncovered:
             choice.operands.uncovered.append(plain(choice.operands.kernel, choice.packed))
         return True
+
+    # What torch.compiler.assume_constant_result does; calling it would import the compiler, a second of every start.
+    _uncover._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Pending:

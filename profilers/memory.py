@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from autotune.profilers.table import Shape, shape_of
@@ -25,6 +26,7 @@ def weight_bytes(item: Scheme, group: LayerGroup, dtype: str) -> int:
     return group.experts * packed_weight_bytes(item.name, shape_of(group), dtype)
 
 
+@cache
 def packed_weight_bytes(name: str, shape: Shape, dtype: str, copies: float = 1.0) -> int:
     """The same for a shape, as a kernel that keeps `copies` of the codes holds it."""
     item, (members, in_features, has_bias) = scheme(name), shape

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+from native import AVX2, FEATURES, NATIVE
 
 from autotune.compress import curvature, rounding, sweep, wanda
 from autotune.compress.curvature import damped, sweep_factor
-from autotune.errors import InputError
+from autotune.errors import DeviceError, InputError
+from autotune.kernels.cpu import build
+from autotune.kernels.cpu import sweep as native_sweep
 from autotune.kernels.formats import round_to
 from autotune.search_space.schemes import NumberFormat
+from autotune.targets.detect import compiler
 
-FORMATS = [NumberFormat("int", 4, 32), NumberFormat("int", 4, 64), NumberFormat("int", 8), NumberFormat("int", 3, 32)]
+FORMATS = [
+    NumberFormat("int", 4, 32),
+    NumberFormat("int", 4, 64, symmetric=False),
+    NumberFormat("int", 8),
+    NumberFormat("int", 3, 32),
+]
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of sweeping integers."""
+    if request.param == "native" and not native_sweep.available():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(native_sweep, "available", lambda: request.param == "native")
+    return request.param
 
 
 def correlated(inputs=128, tokens=400, seed=0, own=1.0):
@@ -48,10 +71,12 @@ def plain(start, hessian):
     matrix = damped(hessian).double()
     order = hessian.diagonal().argsort(descending=True, stable=True)
     weight, inverse = start.weight.double().clone(), matrix.inverse()
-    scales = start.grid.scales.double().repeat_interleave(start.number.group_size or weight.shape[1], 1)
+    size = start.number.group_size or weight.shape[1]
+    scales = start.grid.scales.double().repeat_interleave(size, 1)
+    zeros = None if start.grid.zeros is None else start.grid.zeros.repeat_interleave(size, 1)
     codes = torch.zeros_like(weight)
     for i in order.tolist():
-        code = round_to(weight[:, i] / scales[:, i], start.number)
+        code = round_to(weight[:, i] / scales[:, i], start.number, None if zeros is None else zeros[:, i])
         codes[:, i] = code if start.keep is None else code * start.keep[:, i]
         off = (weight[:, i] - codes[:, i] * scales[:, i]) / inverse[i, i]
         weight -= off.unsqueeze(1) * inverse[i]
@@ -86,8 +111,9 @@ def test_formats_swept_at_once_get_the_codes_they_get_alone(monkeypatch):
 def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(number):
     weight, hessian = weights(), torch.diag(torch.rand(128) + 0.5)
     start = start_of(weight, hessian, number)
-    codes = rounding.quantize(weight, hessian.diagonal(), number).codes
-    assert torch.equal(sweep.sweep([start], sweep_factor(hessian))[0], codes.float())
+    made = rounding.quantize(weight, hessian.diagonal(), number)
+    zeros = 0 if made.zeros is None else made.zeros.repeat_interleave(number.group_size, 1)
+    assert torch.equal(sweep.sweep([start], sweep_factor(hessian))[0], made.codes.float() - zeros)
 
 
 @pytest.mark.parametrize("number", FORMATS, ids=str)
@@ -95,9 +121,10 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(number):
 def test_it_loses_less_than_rounding(number, pruned):
     hessian, weight = correlated(), weights()
     start = start_of(weight, hessian, number, wanda.mask_24(weight, hessian.diagonal()) if pruned else None)
-    rounded = rounding.quantize(weight, hessian.diagonal(), number, start.keep).codes.float()
+    uncorrelated = sweep_factor(torch.eye(weight.shape[1]))  # nothing to make up for: rounding to nearest
+    rounded = valued(sweep.sweep([start], uncorrelated)[0], start)
     found = valued(sweep.sweep([start], sweep_factor(hessian))[0], start)
-    assert error(start.weight, found, hessian) < 0.8 * error(start.weight, valued(rounded, start), hessian)
+    assert error(start.weight, found, hessian) < 0.8 * error(start.weight, rounded, hessian)
     if pruned:
         assert not bool(found[~start.keep].any())
 
@@ -143,3 +170,64 @@ def test_activations_that_are_not_finite_are_an_error():
     with pytest.raises(InputError, match="finite") as caught:
         sweep_factor(hessian)
     assert caught.value.code == "compression.hessian"
+
+
+@pytest.mark.parametrize("rows", [1, 16, 47, 48, 49, 130])
+@pytest.mark.parametrize("inputs", [8, 32, 40, 96])
+@pytest.mark.parametrize("form", ["int8", "int4-g8", "int4-g8-asym", "int4-g8 pruned"])
+def test_rows_and_inputs_that_fill_no_strip(rows, inputs, form):
+    hessian, weight = correlated(inputs), weights(rows, inputs, seed=2)
+    number = NumberFormat("int", 8) if form == "int8" else NumberFormat("int", 4, 8, symmetric="asym" not in form)
+    start = start_of(weight, hessian, number, weight > 0.01 if "pruned" in form else None)
+    assert torch.equal(sweep.sweep([start], sweep_factor(hessian))[0], plain(start, hessian))
+
+
+def test_threads_change_nothing():
+    hessian, weight = correlated(256), weights(300, 256)
+    starts, factor = [start_of(weight, hessian, number) for number in FORMATS], sweep_factor(hessian)
+    before, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(sweep.sweep(starts, factor))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_weights_need_not_be_contiguous():
+    hessian, weight = correlated(), weights(40)
+    start = start_of(weight, hessian, FORMATS[0])
+    turned = sweep.Start(start.number, weight.t().contiguous().t(), start.grid)
+    factor = sweep_factor(hessian)
+    assert torch.equal(sweep.sweep([turned], factor)[0], sweep.sweep([start], factor)[0])
+
+
+def test_without_a_compiler_integers_are_swept_by_torch(monkeypatch):
+    def missing(name):
+        raise DeviceError("kernel.compiler", "none.")
+
+    monkeypatch.undo()
+    hessian, weight = correlated(), weights()
+    start, factor = start_of(weight, hessian, FORMATS[0]), sweep_factor(hessian)
+    expected = sweep.sweep([start], factor)[0]
+    monkeypatch.setattr(build, "library", missing)
+    native_sweep.available.cache_clear(), native_sweep._function.cache_clear()
+    assert torch.equal(sweep.sweep([start], factor)[0], expected)
+    native_sweep.available.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", [NATIVE, AVX2], ids=["native", "avx2"])
+def test_sanitizers_find_nothing_and_the_numbers_are_gptqs(tmp_path, instructions):
+    """`sweep_harness.cpp`: buffers of exactly the size needed against a plain sweep in double precision."""
+    if instructions is AVX2 and "avx2" not in FEATURES:
+        pytest.skip("this CPU lacks avx2")
+    program, source = tmp_path / "harness", Path(__file__).with_name("sweep_harness.cpp")
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *instructions, f"-I{build.FOLDER}"]
+    command = [*shlex.split(compiler() or "c++"), *flags, str(source), "-o", str(program)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if made.returncode and "sanitize" in made.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert made.returncode == 0, made.stderr
+    environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr

@@ -8,11 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.compress import rounding
+from autotune.kernels.cpu import grid as native_grid
 from autotune.kernels.formats import round_scale
 from autotune.search_space.schemes import NumberFormat
 
 INT8, INT4, FP8 = NumberFormat("int", 8), NumberFormat("int", 4, 16), NumberFormat("float", 8)
 FORMATS = {"int8": INT8, "int4": INT4, "int4 a row": NumberFormat("int", 4), "fp8": FP8}
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of searching scales of integers."""
+    if request.param == "native" and not native_grid.available():
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(native_grid, "available", lambda: request.param == "native")
 
 
 def quantize(*args):
@@ -144,3 +153,32 @@ def test_the_weight_is_not_changed():
     before = weight.clone()
     quantize(weight, torch.ones(64), INT4, torch.rand(8, 64) > 0.5)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "number",
+    [
+        INT8,
+        INT4,
+        NumberFormat("int", 4, 24, symmetric=False),
+        NumberFormat("int", 2, 48),
+        NumberFormat("int", 2, 32, symmetric=False),
+    ],
+    ids=str,
+)
+def test_both_ways_find_scales_that_lose_as_little(number, weighted, pruned, monkeypatch):
+    weight = random(33, 96)
+    weight[3] = 0.0  # a row of zeros, and one that only has one sign
+    weight[4] = weight[4].abs()
+    moment = torch.rand(96, generator=torch.Generator().manual_seed(1)) if weighted else None
+    keep = random(33, 96, seed=2) > 0 if pruned else None
+    lost = {}
+    for native in (True, False):
+        monkeypatch.setattr(native_grid, "available", lambda native=native: native)
+        made = rounding.quantize(weight, moment, number, keep)
+        zeros = 0 if made.zeros is None else made.zeros.repeat_interleave(number.group_size, 1)
+        kept = weight if keep is None else weight * keep
+        lost[native] = error(kept, made.codes.float() - zeros, made.scales, moment)
+    assert lost[True] == pytest.approx(lost[False], rel=1e-5)

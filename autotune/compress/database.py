@@ -30,7 +30,7 @@ from autotune.search_space.space import SearchSpace
 from autotune.store import digest, write_bytes
 from autotune.streaming import Streamed
 
-METHOD = "joint/2"  # part of every entry's name; change it whenever the codes would change
+METHOD = "joint/3"  # part of every entry's name; change it whenever the codes would change
 _STATISTICS_BYTES = 2**30  # of calibration held at a time
 
 

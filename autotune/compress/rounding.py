@@ -8,7 +8,7 @@ wins (AWQ's clipping search, arXiv 2306.00978, on the second moment of the input
 where clipping pays more, from 0.25 on; among powers of two the nearest and its neighbours. With a zero point the range
 is r * (largest - smallest), zero included. One scale for a whole tensor is that of its largest weight: e4m3 has the
 range. Scales are rounded to what the format can write first, so codes and scales mean the same number in bf16, fp16 and
-fp32.
+fp32. Scales of integers are searched natively on a CPU (`kernels/cpu/grid.cpp`), the others here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from autotune.kernels import formats
+from autotune.kernels.cpu import grid as native
 from autotune.search_space.schemes import NumberFormat
 
 SHRINK = tuple(1.0 - 0.5 * step / 20 for step in range(20))
@@ -77,6 +78,9 @@ def find_grid(
     if number.scale == "e4m3":
         unit = formats.scale_unit(float(_largest(weight, keep)) / number.qmax)
     importance = torch.ones(columns, device=weight.device) if moment is None else moment.float().clamp_min(1e-12)
+    if _is_native(weight, number):
+        shrinks = _shrinks(number)
+        return Grid(*native.find_grid(weight, keep, importance, shrinks, size, number.qmax, number.symmetric))
     importance = importance.view(1, columns // size, size)
     found = []
     for part in _parts(rows, columns, number.rows):
@@ -84,6 +88,11 @@ def find_grid(
         found.append(_search(chunk.reshape(len(chunk), -1, size), importance, number, unit))
     zeros = [grid.zeros for grid in found if grid.zeros is not None]
     return Grid(torch.cat([grid.scales for grid in found]), torch.cat(zeros) if zeros else None)
+
+
+def _is_native(weight: torch.Tensor, number: NumberFormat) -> bool:
+    plain = number.kind == "int" and number.rows == 1 and number.scale == "bf16"
+    return plain and weight.device.type == "cpu" and weight.dtype == torch.float32 and native.available()
 
 
 def _largest(weight: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

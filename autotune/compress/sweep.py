@@ -7,7 +7,10 @@ arXiv 2301.00774) does to the output is made up for by the inputs still to come,
 
 U depends on the inputs alone and rows do not see each other, so all formats of a group are stacked as rows of one
 matrix and swept at once. Scales are fixed before (static groups), from the weights that start the sweep, so that the
-order of inputs is free. Weights lie input by input here: an input of all rows is one contiguous line.
+order of inputs is free.
+
+On a CPU integers are swept natively (`kernels/cpu/sweep.cpp`). All else is swept here by torch's operators, weights
+input by input: an input of all rows is one contiguous line.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 
 from autotune.compress.curvature import SweepFactor
 from autotune.compress.rounding import Grid
+from autotune.kernels.cpu import sweep as native
 from autotune.kernels.formats import round_to
 from autotune.search_space.schemes import NumberFormat
 
@@ -44,6 +48,42 @@ class Start:
 
 def sweep(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
     """Levels (out, in) fp32 of every format, numbers it holds, before scales. All starts have the same shape."""
+    integers = [number for number, start in enumerate(starts) if _is_native(start)]
+    others = [number for number in range(len(starts)) if number not in integers]
+    levels = dict(zip(integers, _natively([starts[number] for number in integers], factor), strict=True))
+    levels |= dict(zip(others, _by_torch([starts[number] for number in others], factor), strict=True))
+    return [levels[number] for number in range(len(starts))]
+
+
+def _is_native(start: Start) -> bool:
+    return start.number.kind == "int" and start.weight.device.type == "cpu" and native.available()
+
+
+def _natively(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
+    rows = [
+        native.Rows(
+            start.weight,
+            start.grid.scales,
+            start.grid.zeros,
+            start.keep,
+            start.number.group_size or start.weight.shape[1],
+            *_range(start),
+        )
+        for start in starts
+    ]
+    return native.sweep(rows, factor.upper, factor.order) if rows else []
+
+
+def _range(start: Start) -> tuple[float, float]:
+    """The lowest and the highest code."""
+    if start.number.kind != "int":
+        return -_NO_LIMIT, _NO_LIMIT
+    return -start.number.qmax - (start.grid.zeros is not None), start.number.qmax
+
+
+def _by_torch(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
+    if not starts:
+        return []
     rows = len(starts[0].weight)
     step = max(1, _LINE // len(starts))
     levels = [torch.empty_like(start.weight) for start in starts]
@@ -122,10 +162,10 @@ def _limits(
     """(block, rows of all formats) each: the lowest and the highest level, both zero where pruned."""
     lows, highs = [], []
     for start, grid in zip(starts, grids, strict=True):
-        most = start.number.qmax if start.number.kind == "int" else _NO_LIMIT
-        high = torch.full_like(grid.scales, most)
-        lows.append(-high if grid.zeros is None else -high - 1 - grid.zeros.to(high.dtype))
-        highs.append(high if grid.zeros is None else high - grid.zeros.to(high.dtype))
+        zeros = torch.zeros_like(grid.scales) if grid.zeros is None else grid.zeros.to(grid.scales.dtype)
+        lowest, highest = _range(start)
+        lows.append(lowest - zeros)
+        highs.append(highest - zeros)
     low, high = torch.cat(lows, 1), torch.cat(highs, 1)
     return (low, high) if keep is None else (low.mul_(keep), high.mul_(keep))
 

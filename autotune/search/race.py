@@ -12,7 +12,7 @@ import math
 from collections.abc import Set
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from autotune.search.correction import fit
 from autotune.search.front import pareto_candidates
@@ -131,7 +131,7 @@ def clearly_worse(one: Evaluation, other: Evaluation, level: float = DROP_LEVEL)
     mean, spread = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(documents)
     if spread == 0:
         return mean > 0
-    return mean / spread > float(student.ppf(1 - level, documents - 1))
+    return mean / spread > float(stdtrit(documents - 1, 1 - level))
 
 
 def _changed(start: Genotype, flips: list[tuple[int, int]]) -> Genotype:

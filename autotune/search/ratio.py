@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from autotune.search.problem import Evaluation
 
@@ -90,7 +90,7 @@ def dnll_upper_nats(evaluation: Evaluation, ratio: LossRatio = PRIOR, confidence
     weight = ratio.spread**2 / (ratio.spread**2 + float((noise**2).sum()))
     centre = max(FLOOR, ratio.mean + weight * (evaluation.dnll_nats / kl - ratio.measured))
     deviation = math.sqrt(ratio.error**2 + (1.0 - weight) * ratio.spread**2)
-    return kl * (centre + float(norm.ppf(confidence)) * deviation)
+    return kl * (centre + float(ndtri(confidence)) * deviation)
 
 
 def _noise(evaluation: Evaluation) -> NDArray[np.float64]:
