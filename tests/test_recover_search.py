@@ -280,6 +280,18 @@ def test_a_stop_before_anything_is_chosen_leaves_what_was_measured(home, found, 
     assert not (run / "recovered").exists() and (run / "evaluations.sqlite").is_file()
 
 
+def test_a_run_that_met_no_budget_is_helped_too(home, found):
+    """No configuration is 7.5 times as fast as dense and within the loss; trained, one is."""
+    settings = tiny.settings(home / "model", home / "none", home / "data.jsonl", max_loss=0.5, trials=2)
+    with pytest.raises(InfeasibleError, match="no configuration meets the budget"):
+        tune(RunConfig.of(**settings, schemes=("w8a16-int8", "2:4+w4a8-int4-g64"), min_speedup=7.5))
+    value = recover(home / "none", options(home))
+    searched = value["searched"]
+    (taken,) = (item for item in searched["candidates"] if item["chosen"])
+    assert 7.5 * taken["latency_ms"] <= searched["plan_latency_ms"]  # there is no plan: the dense model's
+    assert (home / "none" / "recovered" / "model").is_dir()
+
+
 def test_evaluations_are_scaled_by_what_is_promised():
     half = Evaluation((10.0,), (4.0,), (2.0,)).scaled(0.5)
     assert (half.kl_nats, half.dnll_nats) == (0.2, 0.1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ class SearchedRecovery:
         one_shot, promised, soon = (self._problem(space, table) for table in (self.losses, column.losses, near.losses))
         models = self._models(self.result)
         front = run_search(self.session, one_shot, models, self.should_stop, promised, "recovered_front")
+        models.done_with_losses()
         self._go_on()
         ratio = front_ratio(front, self.session.search_limit)
         picked = self._pick(front, ratio, promised)
@@ -267,9 +269,9 @@ class SearchedRecovery:
             value = memo.get(key)
             if value is None:
                 distillation = job.distillation(recipe, self.device, self.trials.bench.dense)
-                folder, progress = self.folder / "checkpoint-short", self._progress("short")
+                folder, report = self.folder / "checkpoint-short", partial(self.report, "short")
                 try:
-                    training.train(distillation, folder, inputs, progress, self.should_stop, mark_every=steps)
+                    training.train(distillation, folder, inputs, report, self.should_stop, mark_every=steps)
                     self._go_on()
                     value = encode_evaluation(self.trials.bench.loss(distillation.student))
                 finally:
