@@ -215,7 +215,7 @@ def test_a_lying_factor_is_overruled(found, home, tmp_path, monkeypatch):
         return None if folder.name == "checkpoint-short" else train(distillation, folder, *others, **settings)
 
     monkeypatch.setattr(training, "train", useless_at_first)
-    monkeypatch.setattr(gains.Trials, "measure", lambda *_: ())
+    monkeypatch.setattr(gains.Probing, "measure", lambda *_: ())
     monkeypatch.setattr(searched, "factors", lambda _: (Factor(SPARSE, (), 1.0, 32, 0.01, 0.01, 0.02, 0.0),))
     try:
         rows = recover(run, options(home))["searched"]["candidates"]

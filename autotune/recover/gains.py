@@ -8,9 +8,9 @@ be worth it; what was not measured has the factor 1.
 
 Representatives are trained together because plans are: groups make up for each other's errors, and gain several times
 what one of them gains alone in as many steps (docs/measured.md). Each kind is trained twice, for `SHORT` of the budget
-and for a quarter of that: KL falls with a power of the tokens (0.24 on the demo model, from 49 thousand to a million
-tokens), and the two give its exponent, by which the factor at the whole budget is extrapolated. The upper end of its
-interval is not: it supposes that nothing more is gained.
+and for a quarter of that: KL falls with a power of the tokens (0.24 on the demo model, from 131
+thousand to a million), and the two give its exponent, by which the factor at the whole budget is extrapolated. The
+upper end of its interval is not: it supposes that nothing more is gained.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _left(gain: Gain) -> tuple[float, float, float]:
     return found.mean, max(0.0, found.lower), found.upper
 
 
-class Trials:
+class Probing:
     """Trains probes; what was measured before, by this run or a killed one, is not measured again."""
 
     def __init__(self, result: Result, sequences: Sequences, recipe: Recipe, device: torch.device) -> None:

@@ -71,7 +71,7 @@ def offer(result: Result, models: Models) -> Offer | None:
     command = f"autotune recover {session.folder.path}{named} --data TEXT"
     tokens = TOKENS
     if point == SEARCHED:
-        tokens = round(price(TOKENS, len(kinds(entry.scheme for entry in result.space.usable()))))
+        tokens = round(price(TOKENS, len(kinds(entry.scheme for entry in result.space.entries))))
     return Offer(point, name, over, faster, tokens, _tokens_per_second(models), command)
 
 

@@ -27,7 +27,7 @@ from autotune.models import Models
 from autotune.plan import Plan
 from autotune.recover import training
 from autotune.recover.candidates import genotype_of
-from autotune.recover.gains import EARLIER, SHORT, Factor, Trials, factors
+from autotune.recover.gains import EARLIER, SHORT, Factor, Probing, factors
 from autotune.recover.job import Job, Options, budget
 from autotune.recover.prices import TABLE, Prices, prices
 from autotune.recover.texts import Sequences
@@ -141,19 +141,20 @@ class SearchedRecovery:
         self.result = replace(result, calibration=calibration)
         self.problem = self._problem(result.space, self.losses)
         self.result.problem = self.problem
-        self.trials = Trials(self.result, sequences, options.recipe, device)
+        self.probing = Probing(self.result, sequences, options.recipe, device)
         self.reference = self._plan()
+        self.known = "the plan" if self.reference else "the dense model"
         self.reference_us = self.problem.latency_us(genotype_of(self.problem, self.reference))
 
     def choose(self) -> Outcome:
         """Raises InfeasibleError `recover.no_candidate` where nothing is promised to be faster and within the budget;
         KeyboardInterrupt where a stop was asked for: what was measured is kept."""
-        if not self.trials.probes:
+        if not self.probing.probes:
             raise self._nothing("no scheme here loses enough to be worth training")
-        key = digest([[probe.chosen for probe in self.trials.probes], self.session.spec.model_hash])
+        key = digest([[probe.chosen for probe in self.probing.probes], self.session.spec.model_hash])
         steps = budget(self.options, self.sequences, self.folder, key, self._fitting)
         short = max(1, round(steps * SHORT))
-        made = factors(self.trials.measure(short, self._progress("gains")))
+        made = factors(self.probing.measure(short, self._progress("gains")))
         column, near = (prices(self.losses, made, count) for count in (steps, short))
         write_text(self.run / TABLE, column.to_csv())
         space = prune_losses(self.session, self.result.space, self.result.table, column.losses)
@@ -197,7 +198,7 @@ class SearchedRecovery:
 
     def _fitting(self, minutes: float) -> int:
         """Steps that fit into minutes, of the kind of scheme with most groups."""
-        distillation = self.trials.distillation(self.trials.probes[0])
+        distillation = self.probing.distillation(self.probing.probes[0])
         try:
             return training.steps_for_minutes(distillation, minutes)
         finally:
@@ -228,13 +229,15 @@ class SearchedRecovery:
             best = min(feasible, key=lambda item: item.latency_us, default=None)
             there = f"the fastest promised within the budget takes {best.latency_us / 1e3:.2f} ms" if best else ""
             there = there or "none is promised within the budget"
-            raise self._nothing(f"{there}, and the plan {self.reference_us / 1e3:.2f} ms")
+            raise self._nothing(f"{there}, and {self.known} {self.reference_us / 1e3:.2f} ms")
         return spread(pareto_candidates(faster), TRIED)
 
     def _nothing(self, why: str) -> InfeasibleError:
-        what = f"training promises no configuration that is {FASTER - 1:.0%} faster than the plan and within the budget"
-        hint = "Give more --minutes or more --data, or recover a --point; the run is as it was."
-        return InfeasibleError("recover.no_candidate", f"{what}: {why}.", hint)
+        wanted = f"{FASTER - 1:.0%} faster than {self.known} and within the budget"
+        end_to_end = None if self.result.calibration is None else self.result.calibration.end_to_end
+        noisy = f" Its times were {end_to_end.noisy}." if end_to_end is not None and end_to_end.noisy else ""
+        hint = f"Give more --minutes or more --data, or recover a --point; the run is as it was.{noisy}"
+        return InfeasibleError("recover.no_candidate", f"training promises nothing {wanted}: {why}.", hint)
 
     def _run(self, jobs: Sequence[Job]) -> EndToEnd | None:
         """Candidates and plan end to end, interleaved, before anything is trained; None where nothing can be run."""
@@ -268,12 +271,12 @@ class SearchedRecovery:
         try:
             value = memo.get(key)
             if value is None:
-                distillation = job.distillation(recipe, self.device, self.trials.bench.dense)
+                distillation = job.distillation(recipe, self.device, self.probing.bench.dense)
                 folder, report = self.folder / "checkpoint-short", partial(self.report, "short")
                 try:
                     training.train(distillation, folder, inputs, report, self.should_stop, mark_every=steps)
                     self._go_on()
-                    value = encode_evaluation(self.trials.bench.loss(distillation.student))
+                    value = encode_evaluation(self.probing.bench.loss(distillation.student))
                 finally:
                     distillation.student.release()
                 memo.put(key, value)
@@ -290,7 +293,7 @@ class SearchedRecovery:
         if standing:
             return min(standing, key=lambda item: item.latency_us)
         said = [f"{i.job.name} {i.latency_us / 1e3:.2f} ms, {over[i.job.name]:.1f} times the budget" for i in tried]
-        why = f"by a short training the end is expected at {'; '.join(said)}; the plan takes {plan_us / 1e3:.2f} ms"
+        why = f"by a short training the end is expected at {'; '.join(said)}; {self.known} takes {plan_us / 1e3:.2f} ms"
         raise self._nothing(why)
 
 
