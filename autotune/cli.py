@@ -71,7 +71,7 @@ def tune(
     ] = None,
     compression: Annotated[
         str | None,
-        typer.Option(help="auto (by layer error), joint, signround, wanda, hwpq, magnitude; with --fast wanda."),
+        typer.Option(help="auto (by layer error), joint, gptq, signround, wanda, hwpq, magnitude; with --fast wanda."),
     ] = None,
     kv_cache: Annotated[str, typer.Option(help="bf16 (as the model is run), int8, fp8, or auto: searched.")] = "bf16",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the checkpoint's.")] = None,

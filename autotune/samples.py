@@ -51,9 +51,11 @@ def resolve(config: RunConfig, spec: ModelSpec) -> RunConfig:
     missing = [name for name in FLOORS if name not in config.model_fields_set]
     chosen: dict[str, object] = {name: sized(name, parameters(spec)) for name in missing}
     if "compression" not in config.model_fields_set:
-        chosen["compression"] = methods.FAST if config.fast or parameters(spec) > LARGE else methods.AUTO
+        sized_for = methods.QUICK if parameters(spec) > LARGE else methods.AUTO
+        chosen["compression"] = methods.FAST if config.fast else sized_for
     if "recompress" not in config.model_fields_set:
-        chosen["recompress"] = methods.takes_hessian(str(chosen.get("compression", config.compression)))
+        method = str(chosen.get("compression", config.compression))
+        chosen["recompress"] = methods.takes_hessian(method) and method != methods.QUICK
     return config.model_copy(update=chosen)
 
 
@@ -68,8 +70,10 @@ def reduced(config: RunConfig, spec: ModelSpec) -> str:
         value, default = getattr(config, name), int(RunConfig.model_fields[name].default)
         if value == sized(name, count) < default:
             less.append(f"{name} {value:,} (of {default:,})")
-    if count > LARGE and config.compression == methods.FAST and not config.fast:
-        less.append(f"compression {methods.FAST} (of {methods.AUTO}: better, and minutes longer)")
+    if count > LARGE and config.compression == methods.QUICK:
+        less.append(
+            f"compression {methods.QUICK} ({methods.AUTO} is better where weights are sparse, and minutes longer)"
+        )
     if not less:
         return ""
     return f"samples are reduced for the size of the model, {count / 1e6:,.0f}M parameters: {', '.join(less)}"

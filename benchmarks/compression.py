@@ -13,6 +13,7 @@ model.
 joint             this project's: 2:4 mask by ADMM, weights by least squares, one sweep that rounds
 prune-then-gptq   SparseGPT's mask and update, then GPTQ on what is left
 gptq-then-prune   GPTQ, then Wanda's mask on its result
+gptq              the product's for large models: Wanda's mask, one sweep that makes up for it and rounds
 signround         joint's mask and weights, then sign-gradient rounding
 wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
@@ -77,7 +78,7 @@ FORMATS = {
     "2:4+int4-g128": Scheme("2:4+int4-g128", NumberFormat("int", 4, 128), None, "2:4"),
 }
 EVERY = FORMATS | {item.name: item for item in (*SCHEMES, *MORE) if not item.is_dense}
-_OWN = ("signround", "wanda", "hwpq", "magnitude")
+_OWN = ("gptq", "signround", "wanda", "hwpq", "magnitude")
 ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in _OWN}}
 
 

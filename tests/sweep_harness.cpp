@@ -23,12 +23,19 @@ std::vector<double> plain(const Rows& all, const std::vector<float>& upper, cons
                           int64_t row) {
     const int64_t inputs = order.size();
     std::vector<double> weight(all.weight + row * inputs, all.weight + (row + 1) * inputs), levels(inputs);
+    std::vector<bool> chosen(inputs, true);
     for (int64_t swept = 0; swept < inputs; ++swept) {
+        const auto score = [&](int64_t at) { return std::fabs(weight[order[at]] / upper[at * inputs + at]); };
+        for (int64_t at = swept; all.pattern && swept % all.pattern == 0 && at < swept + all.pattern; ++at) {
+            int64_t larger = 0;
+            for (int64_t other = swept; other < swept + all.pattern; ++other) larger += score(other) > score(at);
+            chosen[at] = larger < all.pattern / 2;
+        }
         const int64_t input = order[swept], group = row * all.groups + input / all.group_size;
         const double scale = all.scales[group], zero = all.zeros ? all.zeros[group] : 0;
         double level = std::nearbyint(weight[input] / scale);
         level = std::fmin(std::fmax(level, all.lowest - zero), all.highest - zero);
-        if (all.keep && !all.keep[row * inputs + input]) level = 0;
+        if ((all.keep && !all.keep[row * inputs + input]) || !chosen[swept]) level = 0;
         levels[input] = level;
         const double error = (weight[input] - level * scale) / upper[swept * inputs + swept];
         for (int64_t later = swept + 1; later < inputs; ++later)
@@ -50,13 +57,15 @@ int check(int64_t rows, int64_t inputs, int64_t group_size, bool zeros, bool pru
         order[i] = static_cast<int32_t>(inputs - 1 - i);
         upper[i * inputs + i] = 1;
     }
-    std::vector<float> levels(2 * rows * inputs, NAN);
+    std::vector<float> levels(3 * rows * inputs, NAN);
     const Rows one{weight.data(), scales.data(), zeros ? zero.data() : nullptr, pruned ? keep.data() : nullptr,
-                   levels.data(), rows, groups, group_size, -8, 7};
+                   levels.data(), rows, groups, group_size, 0, -8, 7};
     Rows other = one;
     other.levels += rows * inputs, other.lowest = -127, other.highest = 127;
-    const std::vector<Rows> formats{one, other};
-    if (sweep(formats.data(), 2, upper.data(), order.data(), inputs, threads)) return 1;
+    Rows sparse = other;
+    sparse.levels += rows * inputs, sparse.keep = nullptr, sparse.pattern = zeros ? 4 : 8;
+    const std::vector<Rows> formats{one, other, sparse};
+    if (sweep(formats.data(), 3, upper.data(), order.data(), inputs, threads)) return 1;
     int wrong = 0;
     for (const Rows& format : formats) {
         for (int64_t row = 0; row < rows; ++row) {

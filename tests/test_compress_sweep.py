@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,27 @@ def test_rows_and_inputs_that_fill_no_strip(rows, inputs, form):
     assert torch.equal(sweep.sweep([start], sweep_factor(hessian))[0], plain(start, hessian))
 
 
+@pytest.mark.parametrize("pattern", [4, 8])
+def test_a_pattern_chosen_on_the_way_is_sparsegpts(pattern):
+    """Of each block, when it is reached, those inputs stay whose w^2 / U_ii^2 is largest."""
+    hessian, weight = correlated(), weights(50)
+    factor = sweep_factor(hessian, together=pattern)
+    assert bool((factor.order.view(-1, pattern).diff(dim=1) == 1).all())  # neighbours are swept together
+    start = replace(start_of(weight, hessian, FORMATS[2]), pattern=pattern)
+    levels, mask = sweep.sweep([start], factor)[0], torch.zeros(50, 128, dtype=torch.bool)
+    assert int((levels.view(50, -1, pattern) != 0).sum(-1).max()) <= pattern // 2
+    rest, upper = weight.double(), factor.upper.double()
+    for place, i in enumerate(factor.order.tolist()):
+        if place % pattern == 0:
+            own = slice(place, place + pattern)
+            score = (rest[:, factor.order[own]] / upper.diagonal()[own]).abs()
+            mask[:, factor.order[own]] = score > score.sort(1, descending=True).values[:, pattern // 2, None]
+        off = (rest[:, i] - levels[:, i].double() * start.grid.scales[:, 0]) / upper[place, place]
+        rest[:, factor.order[place:]] -= off.unsqueeze(1) * upper[place, place:]
+    assert torch.equal(levels != 0, mask & (levels != 0))
+    assert int((mask & (levels == 0)).sum()) < 0.01 * mask.sum()  # small ones are rounded to zero
+
+
 def test_threads_change_nothing():
     hessian, weight = correlated(256), weights(300, 256)
     starts, factor = [start_of(weight, hessian, number) for number in FORMATS], sweep_factor(hessian)
@@ -201,6 +223,7 @@ def test_weights_need_not_be_contiguous():
     assert torch.equal(sweep.sweep([turned], factor)[0], sweep.sweep([start], factor)[0])
 
 
+@pytest.mark.parametrize("way", ["native"], indirect=True)
 def test_without_a_compiler_integers_are_swept_by_torch(monkeypatch):
     def missing(name):
         raise DeviceError("kernel.compiler", "none.")
@@ -216,6 +239,7 @@ def test_without_a_compiler_integers_are_swept_by_torch(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("way", ["native"], indirect=True)
 @pytest.mark.parametrize("instructions", [NATIVE, AVX2], ids=["native", "avx2"])
 def test_sanitizers_find_nothing_and_the_numbers_are_gptqs(tmp_path, instructions):
     """`sweep_harness.cpp`: buffers of exactly the size needed against a plain sweep in double precision."""

@@ -112,12 +112,15 @@ def test_nothing_but_the_count_matters():
     assert samples.LARGE > FULL
 
 
-def test_compression_without_a_hessian_is_for_fast_runs_and_large_models_that_ask_for_nothing_else():
+def test_compression_without_a_hessian_is_for_fast_runs_and_the_quick_one_for_large_models():
     small, large = spec(14_000_000), spec(600_000_000)
     assert resolve(config(), small).compression == "auto"
     assert resolve(config(fast=True), small).compression == "wanda"
-    assert resolve(config(), large).compression == "wanda"
+    assert resolve(config(fast=True), large).compression == "wanda"
+    assert resolve(config(), large).compression == "gptq"
+    assert (resolve(config(), small).recompress, resolve(config(), large).recompress) == (True, False)
+    assert resolve(config(compression="auto"), large).recompress
     assert resolve(config(fast=True, compression="joint"), large).compression == "joint"
-    assert "compression wanda (of auto" in reduced(resolve(config(), large), large)
+    assert "compression gptq (auto" in reduced(resolve(config(), large), large)
     assert "compression" not in reduced(resolve(config(fast=True), large), large)
     assert "compression" not in reduced(resolve(config(compression="auto"), large), large)

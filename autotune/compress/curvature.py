@@ -35,14 +35,19 @@ def damped(hessian: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     return result
 
 
-def sweep_factor(hessian: torch.Tensor, share: float = DAMPING) -> SweepFactor:
+def sweep_factor(hessian: torch.Tensor, share: float = DAMPING, together: int = 1) -> SweepFactor:
     """Inputs by falling diagonal (GPTQ's act-order: the loudest are rounded first, while others can still make up for
     it), and the Cholesky factor of the inverse in that order. Damping is raised while the matrix is not definite.
+
+    Args:
+        together: so many neighbours stay neighbours, ordered by their sum.
 
     Raises:
         InputError: `compression.hessian` when no damping helps: activations are not finite.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
+    loudness = hessian.diagonal().view(-1, together).sum(1)
+    blocks = loudness.argsort(descending=True, stable=True)
+    order = (blocks.unsqueeze(1) * together + torch.arange(together, device=blocks.device)).view(-1)
     while share < _MOST:
         ordered = damped(hessian, share)[order][:, order]
         lower, failed = torch.linalg.cholesky_ex(ordered)

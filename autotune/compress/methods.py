@@ -13,22 +13,24 @@ import torch
 
 from autotune.compress import hwpq, rounding, signround, sparse, wanda
 from autotune.compress.calibrate import InputStatistics
-from autotune.compress.curvature import sweep_factor
+from autotune.compress.curvature import SweepFactor, sweep_factor
 from autotune.compress.rounding import Grid
 from autotune.compress.sweep import Start, sweep
 from autotune.errors import InputError, did_you_mean
-from autotune.kernels.formats import encode
+from autotune.kernels.formats import FP16_SMALLEST_NORMAL, encode
 from autotune.kernels.packing import movable
 from autotune.kernels.patterns import choose
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight
-from autotune.search_space.schemes import Scheme, Sparsity
+from autotune.search_space.schemes import NumberFormat, Scheme, Sparsity
 
 Method = Callable[[torch.Tensor, InputStatistics, Sequence[Scheme]], list[GroupWeight]]
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # weight (out, in), moment (in,) -> (out, in)
 
 AUTO = "auto"
 FAST = "wanda"  # without a Hessian; HWPQ's metric costs as much and prunes worse (docs/measured.md)
+QUICK = "gptq"  # for large models
+_FINE = NumberFormat("int", 16)
 _ROWS_OF_WEIGHTS = 2**23  # rows are compressed in parts of so many weights: memory stays that of a part
 
 
@@ -77,14 +79,52 @@ def check(name: str) -> None:
 
 
 def takes_hessian(name: str) -> bool:
-    return name in (AUTO, "joint", "signround")
+    return name in (AUTO, "joint", "gptq", "signround")
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Rows (out, in) before rounding, and where they are not pruned."""
+
+    weight: torch.Tensor
+    keep: torch.Tensor | None = None
+
+
+Pruning = Callable[[torch.Tensor, Scheme], _Fit]  # rows (out, in), a scheme of the pattern
 
 
 def joint(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
     """Masks and weights of least layer error, then one sweep that rounds every format and makes up for it."""
-    factor = sweep_factor(inputs.hessian)
+    spectrum = sparse.spectrum(inputs.hessian) if any(item.sparsity != "dense" for item in schemes) else None
+
+    def pruned(rows: torch.Tensor, item: Scheme) -> _Fit:
+        assert spectrum is not None
+        keep = sparse.admm_mask(rows, spectrum, item)
+        found = sparse.least_squares(rows, inputs.hessian, keep)
+        return _Fit(found, keep)
+
+    return _swept(weight, inputs, schemes, sweep_factor(inputs.hessian), pruned)
+
+
+def gptq(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[GroupWeight]:
+    """SparseGPT's masks and update, then a sweep that rounds every format: a fraction of `joint`'s work where inputs
+    are many. A pattern of whole rows, which cannot be chosen on the way, has Wanda's mask."""
+
+    def pruned(rows: torch.Tensor, item: Scheme) -> _Fit:
+        # As integers so fine that rounding is nothing; made up for, a weight may double.
+        grid = Grid(2 * rows.abs().amax(1, keepdim=True).clamp_min(FP16_SMALLEST_NORMAL) / _FINE.qmax)
+        keep = None if item.block else choose(wanda.score(rows, inputs.moment), item)
+        start = Start(_FINE, rows, grid, keep, item.block or 0)
+        found = sweep([start], sweep_factor(inputs.hessian, together=item.block or 1))[0] * grid.scales
+        return _Fit(found, found != 0)
+
+    return _swept(weight, inputs, schemes, sweep_factor(inputs.hessian), pruned)
+
+
+def _swept(
+    weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme], factor: SweepFactor, pruned: Pruning
+) -> list[GroupWeight]:
     patterns = {item.sparsity: item for item in schemes if item.sparsity != "dense"}
-    spectrum = sparse.spectrum(inputs.hessian) if patterns else None
     coded = [item for item in schemes if item.weight.bits < 16]
     # Scales that rows share need all rows; where a scheme is sparse they wait for the weights that survive.
     grids = {i.name: rounding.find_grid(weight, inputs.moment, i.weight) for i in coded if i.sparsity == "dense"}
@@ -92,11 +132,7 @@ def joint(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Schem
     step = max(1, _ROWS_OF_WEIGHTS // weight.shape[1])
     for first in range(0, len(weight), step):
         part = slice(first, first + step)
-        fits = {"dense": _Fit(weight[part])}
-        for name, item in patterns.items():
-            assert spectrum is not None
-            keep = sparse.admm_mask(weight[part], spectrum, item)
-            fits[name] = _Fit(sparse.least_squares(weight[part], inputs.hessian, keep), keep)
+        fits = {"dense": _Fit(weight[part])} | {name: pruned(weight[part], item) for name, item in patterns.items()}
         starts = [_start(item, fits[item.sparsity], grids.get(item.name), part, inputs) for item in coded]
         made = dict(zip([i.name for i in coded], sweep(starts, factor) if starts else [], strict=True))
         grid = {item.name: start.grid for item, start in zip(coded, starts, strict=True)}
@@ -109,14 +145,6 @@ def joint(weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Schem
             ]
         )
     return [_joined(pieces) for pieces in zip(*parts, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Rows (out, in) before rounding, and where they are not pruned."""
-
-    weight: torch.Tensor
-    keep: torch.Tensor | None = None
 
 
 def _start(item: Scheme, fit: _Fit, grid: Grid | None, part: slice, inputs: InputStatistics) -> Start:
@@ -190,6 +218,7 @@ def _signed(item: Scheme, fit: _Fit, inputs: InputStatistics) -> GroupWeight:
 
 METHODS: dict[str, Method] = {
     "joint": joint,
+    "gptq": gptq,
     "signround": signed,
     "wanda": rounded(wanda.score),
     "hwpq": rounded(hwpq.score),

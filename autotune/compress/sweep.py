@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,10 +40,13 @@ class Start:
     weight: torch.Tensor  # (out, in) fp32; zero where pruned
     grid: Grid
     keep: torch.Tensor | None = None  # (out, in) bool; elsewhere levels are zero
+    pattern: int = (
+        0  # neighbours of which the sweep itself keeps half (SparseGPT); the factor's order has them together
+    )
 
     def rows(self, part: slice) -> Start:
         keep = None if self.keep is None else self.keep[part]
-        return Start(self.number, self.weight[part], self.grid.rows(part), keep)
+        return replace(self, weight=self.weight[part], grid=self.grid.rows(part), keep=keep)
 
 
 def sweep(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor]:
@@ -68,6 +71,7 @@ def _natively(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor
             start.keep,
             start.number.group_size or start.weight.shape[1],
             *_range(start),
+            start.pattern,
         )
         for start in starts
     ]
@@ -131,7 +135,14 @@ def _sweep_block(
     diagonal = upper.diagonal().tolist()
     errors = torch.empty_like(weight)
     integers = all(start.number.kind == "int" for start in starts)
+    patterns = [(start.pattern, slice(n * rows, (n + 1) * rows)) for n, start in enumerate(starts) if start.pattern]
     for place, (line, scale, level) in enumerate(zip(weight, scales, levels, strict=True)):
+        for pattern, own in patterns:
+            if place % pattern == 0:
+                lines = slice(place, place + pattern)
+                kept = _half(weight[lines, own] / upper.diagonal()[lines].unsqueeze(1))
+                low[lines, own].mul_(kept)
+                high[lines, own].mul_(kept)
         torch.div(line, scale, out=level)
         if integers:
             level.round_()
@@ -143,6 +154,15 @@ def _sweep_block(
         if place + 1 < len(weight):  # by addcmul: how addr rounds depends on where a line ends
             weight[place + 1 :].addcmul_(upper[place, place + 1 :].unsqueeze(1), error, value=-1)
     return errors
+
+
+def _half(values: torch.Tensor) -> torch.Tensor:
+    """(pattern, rows) bool: the larger half of every row, of equals the earlier."""
+    sizes = values.square()
+    places = torch.arange(len(sizes), device=sizes.device)
+    first = places.view(-1, 1, 1) < places.view(1, -1, 1)  # (other, own, 1)
+    larger = (sizes.unsqueeze(1) > sizes) | ((sizes.unsqueeze(1) == sizes) & first)
+    return larger.sum(0) < len(sizes) // 2
 
 
 @contextmanager

@@ -35,6 +35,7 @@ struct Rows {
     const uint8_t* keep;  // (rows, inputs) or null: where 0, the level is 0
     float* levels;        // (rows, inputs)
     int64_t rows, groups, group_size;
+    int64_t pattern;  // 0, or so many inputs in a row of which the sweep keeps half: their weights are 0 or levels
     float lowest, highest;
 
     int64_t strips() const { return (rows + kRows - 1) / kRows; }
@@ -112,12 +113,35 @@ void take_earlier(const float* panel, const Line* errors, int64_t before, Line* 
         for (int wide = 0; wide < kWide; ++wide) weight[tall].v[wide] = sums[tall][wide];
 }
 
+// SparseGPT's choice (arXiv 2301.00774) among the inputs of a pattern, when the sweep has come to them: those stay whose
+// loss w^2 / U_ii^2 would be largest, of equals the earlier.
+void choose(const float* upper, int64_t stride, int count, const Line* weight, Line* keep) {
+    for (int wide = 0; wide < kWide; ++wide) {
+        Vector scores[kBlock];
+        for (int own = 0; own < count; ++own) {
+            const Vector part = weight[own].v[wide] / splat(upper[own * (stride + 1)]);
+            scores[own] = part * part;
+        }
+        for (int own = 0; own < count; ++own) {
+            Vector before{};
+            for (int other = 0; other < count; ++other) {
+                const auto larger = other < own ? scores[other] >= scores[own] : scores[other] > scores[own];
+                before += larger ? splat(1.0f) : Vector{};
+            }
+            keep[own].v[wide] = before < splat(count / 2) ? splat(1.0f) : Vector{};
+        }
+    }
+}
+
 // Rounds the inputs of a block one after the other.
 void round_block(const Strip& strip, const Factor& factor, Block& block) {
-    const bool pruned = strip.all.keep;
+    const int pattern = static_cast<int>(strip.all.pattern);
+    const bool pruned = strip.all.keep || pattern;
     for (int place = 0; place < block.count; ++place) {
         const int64_t swept = block.first + place, group = factor.order[swept] / strip.all.group_size;
         const float* upper = factor.upper + swept * (factor.inputs + 1);
+        if (pattern && place % pattern == 0)
+            choose(upper, factor.inputs, pattern, block.weight + place, block.keep + place);
         for (int wide = 0; wide < kWide; ++wide) {
             const Vector weight = block.weight[place].v[wide], scale = strip.scale[group].v[wide];
             // Clamped first: `nearest` wants small numbers, and both orders end at the same level.

@@ -25,12 +25,13 @@ class Rows:
     group_size: int
     lowest: float
     highest: float
+    pattern: int = 0  # inputs in a row of which the sweep itself keeps half; they lie together in `order`
 
 
 class _Rows(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scales", "zeros", "keep", "levels")),
-        *((name, ctypes.c_int64) for name in ("rows", "groups", "group_size")),
+        *((name, ctypes.c_int64) for name in ("rows", "groups", "group_size", "pattern")),
         *((name, ctypes.c_float) for name in ("lowest", "highest")),
     )
 
@@ -71,7 +72,7 @@ def sweep(formats: Sequence[Rows], upper: torch.Tensor, order: torch.Tensor) -> 
                 address(item.zeros, torch.int8),
                 address(item.keep, torch.bool),
                 made.data_ptr(),
-                *(len(made), item.scales.shape[1], item.group_size, item.lowest, item.highest),
+                *(len(made), item.scales.shape[1], item.group_size, item.pattern, item.lowest, item.highest),
             )
             for item, made in zip(formats, levels, strict=True)
         )
