@@ -14,6 +14,7 @@ _RUN_PARTS = (
     "evaluations.sqlite-wal",
     "evaluations.sqlite-shm",
     "recovered/checkpoint",
+    "recovered/checkpoint-short",
     "recovered/weights",
 )
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from autotune import advise_command
 from autotune.config import RunConfig, parse_bytes, parse_loss
 from autotune.errors import AutotuneError, UsageError
-from autotune.recover_command import recover
+from autotune.recover_command import recover, then_recover
 from autotune.table_commands import app as tables_app
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ def tune(
     data: Annotated[Path | None, typer.Option(help="Text or JSONL; without it a bundled text is used.")] = None,
     trials: Annotated[int | None, typer.Option(help="Evaluations of the search.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for the search, turned into a number of trials.")] = None,
+    recover_: Annotated[
+        float | None,
+        typer.Option("--recover", help="Then search with what training wins back, and train the best so many minutes."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     fast: Annotated[
         bool, typer.Option("--fast", help="Exact solutions of the estimated tables only, no study.")
@@ -108,9 +112,12 @@ def tune(
     if dry_run:
         from autotune.dry_run import print_dry_run
 
-        print_dry_run(config, console)
+        print_dry_run(config, console, recover_)
         return
-    _finish(_run(config, "report"))
+    if recover_ is None:
+        _finish(_run(config, "report"))
+    else:
+        then_recover(Path(config.out), recover_, lambda: _finish(_run(config, "report")))
 
 
 @app.command()

@@ -101,8 +101,20 @@ def configuration(problem: Problem, genotype: Genotype) -> dict[str, str]:
     return {g.name: o.scheme for g, o in zip(problem.groups, problem.chosen(genotype), strict=True)}
 
 
-def run_search(session: Session, problem: Problem, models: Models, stop: Callable[[], bool]) -> Front:
-    """Study over corrections and outer choices; without losses, the fastest configuration within memory."""
+def run_search(
+    session: Session,
+    problem: Problem,
+    models: Models,
+    stop: Callable[[], bool],
+    promised: Problem | None = None,
+    stage: str = "front",
+) -> Front:
+    """Study over corrections and outer choices; without losses, the fastest configuration within memory.
+
+    Args:
+        promised: the same problem with the losses that training promises: then that is searched, and a measured loss is
+            taken times the share that training promises to leave of it.
+    """
     config = session.config
     budget = search_budget(session, problem)
     if config.latency_only:
@@ -111,6 +123,7 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
     assert models.database is not None
     key: list[Any] = [session.documents.digest, config.search_tokens, config.search_length, session.spec.model_hash]
     key.append(sorted(models.database.entries.values()))
+    searched = promised or problem
 
     def evaluate(genotype: Genotype, look: int) -> Evaluation:
         chosen = configuration(problem, genotype)
@@ -119,11 +132,13 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
         if value is None:
             value = encode_evaluation(models.teacher.measure(chosen, look))
             memo.put(name, value)
-        return decode_evaluation(value)
+        found = decode_evaluation(value)
+        return found if promised is None else found.scaled(promised_share(problem, promised, genotype))
 
     try:
-        trials = _trials(session, problem, evaluate)
-        inputs = [_problem_key(problem), asdict(budget), config.seed, trials, config.fast, key]
+        trials = _trials(session, searched, evaluate, "trials" if promised is None else f"{stage}_trials")
+        inputs = [_problem_key(searched), asdict(budget), config.seed, trials, config.fast, key]
+        inputs += [] if promised is None else [_problem_key(problem)]
 
         def step(done: int, total: int, best_us: float | None) -> None:
             note = f"best so far {best_us / 1e3:.2f} ms" if best_us else "nothing within the budget yet"
@@ -131,21 +146,27 @@ def run_search(session: Session, problem: Problem, models: Models, stop: Callabl
 
         def compute() -> Front:
             return search(
-                problem,
+                searched,
                 budget,
                 config.seed,
                 trials,
                 evaluate,
                 looks=len(LOOK_SHARES),
-                outer=outer_choices(problem),
+                outer=outer_choices(searched),
                 progress=step,
                 fast=config.fast,
                 should_stop=stop,
             )
 
-        return session.folder.json_stage("front", inputs, compute, encode_front, decode_front, lambda _: not stop())
+        return session.folder.json_stage(stage, inputs, compute, encode_front, decode_front, lambda _: not stop())
     finally:
         memo.close()
+
+
+def promised_share(problem: Problem, promised: Problem, genotype: Genotype) -> float:
+    """What training promises to leave of a configuration's loss: the sums of its rows in both tables, divided."""
+    before = problem.loss_nats(genotype)
+    return promised.loss_nats(genotype) / before if before > 0 else 1.0
 
 
 def outer_choices(problem: Problem) -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -169,7 +190,7 @@ def outer_choices(problem: Problem) -> dict[str, tuple[tuple[str, ...], ...]]:
     return choices
 
 
-def _trials(session: Session, problem: Problem, evaluate: Any) -> int:
+def _trials(session: Session, problem: Problem, evaluate: Any, stage: str) -> int:
     """`--minutes` becomes a number of trials, written down before it is acted on: a resumed run does the same."""
     import time
 
@@ -182,7 +203,7 @@ def _trials(session: Session, problem: Problem, evaluate: Any) -> int:
         evaluate(tuple(len(group.options) - 1 for group in problem.groups), len(LOOK_SHARES) - 1)
         return trials_for_minutes(config.minutes or 0.0, time.monotonic() - start)
 
-    return session.folder.json_stage("trials", [config.minutes, _problem_key(problem)], compute, int, int)
+    return session.folder.json_stage(stage, [config.minutes, _problem_key(problem)], compute, int, int)
 
 
 def _problem_key(problem: Problem) -> str:

@@ -23,8 +23,12 @@ _SECONDS_PER_WEIGHT = 2e-8  # a compressed weight: clipping search when it is ma
 _PYTHON_BYTES = 2**29  # Python, torch and transformers
 
 
-def print_dry_run(config: RunConfig, console: Console) -> None:
-    """Print the plan of work; nothing is written but the probe of this machine."""
+def print_dry_run(config: RunConfig, console: Console, recover: float | None = None) -> None:
+    """Print the plan of work; nothing is written but the probe of this machine.
+
+    Args:
+        recover: minutes that the plan is to be trained for afterwards, if it is.
+    """
     session = open_session(RunFolder(Path(config.out)), config, silent)
     space = tables.build_space(session)
     spec = session.spec
@@ -39,6 +43,13 @@ def print_dry_run(config: RunConfig, console: Console) -> None:
         console.print(_samples(session))
     minutes, memory, disk = _expected(session, space)
     console.print(f"about {minutes:.0f} min, {memory / 2**30:.1f} GiB of memory, {disk / 2**20:.0f} MiB of disk")
+    if recover is not None:
+        from autotune.recover.gains import kinds
+        from autotune.recover.searched import price
+
+        most = price(recover, len(kinds(entry.scheme for entry in space.usable())))
+        console.print(f"then recovery: {recover:g} min of training for the plan, up to {most:.0f} with what finds it,")
+        console.print("and a second search and certification")
 
 
 def _alike(spec: ModelSpec) -> list[list[LayerGroup]]:

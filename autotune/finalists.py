@@ -113,14 +113,14 @@ def _finalists(candidates: Sequence[Candidate], count: int, limit: float, ratio:
     Certification goes from safest to fastest and stops at the first failure: without a safe start, bad luck on the
     first would leave nothing certified.
     """
-    fastest = _spread(candidates, count)
+    fastest = spread(candidates, count)
     safe = [c for c in candidates if dnll_upper_nats(c.evaluation, ratio) <= limit / 3]
     if count > 1 and safe and not any(c in fastest for c in safe):
         return [*fastest[: count - 1], safe[0]]
     return fastest
 
 
-def _spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -> list[Candidate]:
+def spread(candidates: Sequence[Candidate], count: int, apart: float = 0.005) -> list[Candidate]:
     """The fastest `count`, skipping any that is within 0.5% of one already taken: they could not be told apart."""
     taken: list[Candidate] = []
     for candidate in candidates:

@@ -10,13 +10,13 @@ from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.models import Models
 from autotune.result import Result
-from autotune.run import RunFolder, silent
+from autotune.run import Reporter, RunFolder, silent
 from autotune.search.codec import decode_front
 from autotune.session import open_session
 from autotune.store import read_json
 
 
-def reload(run: Path) -> Result:
+def reload(run: Path, report: Reporter = silent) -> Result:
     """Every stage up to the search finds its artifact. Only the holder of the folder's lock may call this.
 
     Raises:
@@ -26,7 +26,7 @@ def reload(run: Path) -> Result:
     folder = RunFolder(run)
     if not (folder.path / "front.json").is_file():
         raise InputError("plan.choose", f"{folder.path} has no finished search.", "Run `autotune search` on it first.")
-    session = open_session(folder, config, silent)
+    session = open_session(folder, config, report)
     space = tables.build_space(session)
     table = tables.profile(session, space)
     space = tables.prune_space(session, space, table)

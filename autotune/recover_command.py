@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,32 +23,77 @@ def recover(
     point: Annotated[
         str | None,
         typer.Option(
-            help="A point of the front by number or name, nearest, or 'uniform SCHEME'; default the run's plan."
+            help="searched (with what training wins back), a point of the front by number or name, nearest, or "
+            "'uniform SCHEME'; default the run's plan."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where to train.")] = "auto",
 ) -> None:
     """Train what compression cost back into the weights of a finished run's plan, and certify the result."""
-    from autotune.errors import UsageError, VerificationError
+    from autotune.errors import UsageError
     from autotune.progress import stoppable
 
     for name, budget in (("--minutes", minutes), ("--tokens", tokens)):
         if budget is not None and not budget > 0:
             raise UsageError("recover.budget", f"{name} {budget} is not a budget.", "Give a number above zero.")
+    from autotune.recover.job import SEARCHED, TOKENS, Options
+
+    if point == SEARCHED:
+        _say_price(run, minutes, tokens or TOKENS)
     with stoppable(console, "keeping the best state so far") as (bars, stop):
-        from autotune.recover.run import Options
         from autotune.recover.run import recover as train
+        from autotune.report.recovered import redraw
 
         value = train(run, Options(minutes, tokens, data, point, seed, device), bars, stop.is_set)
+        redraw(run)
     _print(run, value)
+    _check_certificate(run, value)
+
+
+def _check_certificate(run: Path, value: dict[str, Any]) -> None:
+    from autotune.errors import VerificationError
+
     certificate = value["certificate"]
     if certificate["state"] in ("not_certified", "violated"):
         hint = f"Give more --minutes, or more --data; plan and model are in {run / 'recovered'}."
         raise VerificationError(f"certify.{certificate['state']}", certificate["statement"] + ".", hint)
 
 
+def then_recover(run: Path, minutes: float, tune: Callable[[], None]) -> None:
+    """`autotune tune --recover MINUTES`: recovers also where the plan is not certified or nothing met the budget."""
+    from autotune.errors import InfeasibleError, UsageError, VerificationError
+
+    if not minutes > 0:
+        raise UsageError("recover.budget", f"--recover {minutes} is not a budget.", "Give minutes above zero.")
+    try:
+        tune()
+    except (InfeasibleError, VerificationError) as error:
+        if not (run / "front.json").is_file():  # nothing was searched
+            raise
+        console.print(f"{error.code}: {error.message}", markup=False)
+    recover(run, minutes=minutes, point="searched")
+
+
+def _say_price(run: Path, minutes: float | None, tokens: int) -> None:
+    """What it takes at most, before it begins."""
+    from autotune.config import RunConfig
+    from autotune.recover.gains import kinds
+    from autotune.recover.searched import price
+    from autotune.search_space.schemes import SCHEMES
+
+    wanted = list(RunConfig.load(run / "config.yaml").schemes or ("default",))
+    if "default" in wanted:
+        wanted.remove("default")
+        wanted += [item.name for item in SCHEMES]
+    count = len(kinds(wanted))
+    training = f"{price(tokens, count):,.0f} tokens" if minutes is None else f"{price(minutes, count):.0f} min"
+    console.print(f"up to {training} of training in all, {count} kinds of scheme to measure; then it is certified")
+
+
 def _print(run: Path, value: dict[str, Any]) -> None:
+    if value["searched"]:
+        _print_search(value["searched"])
     about, search, certificate = value["recovery"], value["search_documents"], value["certificate"]
     console.print(f"{value['configuration']}: {len(about['groups'])} layer groups trained on {about['data']},")
     rate = about["tokens"] / value["seconds"] if value["seconds"] else 0.0
@@ -70,3 +116,17 @@ def _print(run: Path, value: dict[str, Any]) -> None:
     saved = run / "recovered" / "model"
     if saved.is_dir():
         console.print(f"plan and model are in {run / 'recovered'}: autotune.load('{saved}')", soft_wrap=True)
+
+
+def _print_search(found: dict[str, Any]) -> None:
+    for item in found["factors"]:
+        measured, end = f"{item['left']:.0%} ({item['low']:.0%} to {item['high']:.0%})", item["at_budget"]["left"]
+        console.print(f"{item['kind']}: {measured} of the loss left after {item['steps']} steps, {end:.0%} expected")
+    console.print(f"the plan takes {found['plan_latency_ms']:.3g} ms")
+    if found["noisy"]:
+        console.print(f"note: {found['noisy']}")
+    for item in found["candidates"]:
+        losses = f"one-shot {item['one_shot_nats']:.5f}, after {found['short_steps']} steps {item['short_nats']:.5f}"
+        promised = f"(promised {item['short_promised_nats']:.5f}), by the end {item['expected_nats']:.5f} nats"
+        mark = ": taken" if item["chosen"] else ""
+        console.print(f"{item['name']}: {item['latency_ms']:.3g} ms, KL {losses} {promised}{mark}")

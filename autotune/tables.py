@@ -180,7 +180,9 @@ def available_schemes(space: SearchSpace, session: Session) -> dict[str, list[st
     return {group.name: [entry.scheme for entry in space.schemes(group.name)] for group in session.spec.groups}
 
 
-def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable, models: Models) -> Calibration:
+def calibrate_latency(
+    session: Session, space: SearchSpace, table: LatencyTable, models: Models, stage: str = "calibration"
+) -> Calibration:
     """Rest of the model and factors per scheme and phase from interleaved runs; with nothing to run, none is added."""
     if not models.runs:
         return Calibration({}, {}, None)
@@ -192,7 +194,7 @@ def calibrate_latency(session: Session, space: SearchSpace, table: LatencyTable,
         return calibrate_model(models.runnable, table, available, session.workload, 15.0, progress)
 
     return session.folder.json_stage(
-        "calibration", [FORMAT, table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json
+        stage, [FORMAT, table.hash, available, str(session.workload)], compute, asdict, Calibration.from_json
     )
 
 

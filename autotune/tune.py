@@ -95,10 +95,12 @@ def _stages(session: Session, until: str, stop: threading.Event) -> Result:
         return result
 
     from autotune.report.numbers import build_report
+    from autotune.report.recovered import with_recovery
     from autotune.report.write import write_report
 
     report("report", 0, 1)
-    result.report = build_report(result, models) | {"recovery": to_json(offer(result, models))}
+    made = build_report(result, models) | {"recovery": to_json(offer(result, models))}
+    result.report = with_recovery(folder.path, made)
     write_report(folder.path, result.report)
     report("report", 1, 1)
     return result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from autotune.errors import DeviceError
 from autotune.profilers.table import LatencyTable
 
 ROOT = Path(__file__).parent.parent
@@ -101,3 +104,56 @@ def test_no_time_is_a_row_too(tmp_path):
     rows = read(tmp_path / "out/correctness.csv")
     runs = [row for row in rows if row["status"] != "not legal"]  # AMX kernels where there are no tiles
     assert runs and {row["status"] for row in runs} == {"not reached"}
+
+
+@pytest.fixture
+def benchmark_of(monkeypatch, tmp_path):
+    """The modules of the benchmark, and one that writes below `tmp_path`."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    cells, correctness, run = (importlib.import_module(name) for name in ("cells", "correctness", "run"))
+    target = run.detect.detect_cpu()
+    shape = {"32x64": (32, 64)}
+    bench = run.Bench(target, tmp_path, time.monotonic() + 60, ("none",), shape, "bf16", {"fingerprint": "0"})
+    return cells, correctness, run, bench
+
+
+def child_is_gone(*_, **__):
+    raise DeviceError("isolate.ChildFailed", "out of memory.", "Try again.")
+    yield
+
+
+def test_a_lost_child_leaves_rows_that_say_so(benchmark_of, monkeypatch, tmp_path):
+    cells, correctness, _, bench = benchmark_of
+    monkeypatch.setattr(cells, "time_jobs", child_is_gone)
+    monkeypatch.setattr(correctness, "stream", child_is_gone)
+    bench.table("decode", {}, (1,))
+    bench.check("smoke", {}, (1,))
+    for name in ("decode", "smoke"):
+        lost = [row for row in read(tmp_path / f"{name}.csv") if row["status"] != "not legal"]
+        assert lost and {(row["status"], row["reason"]) for row in lost} == {
+            ("not reached", "out of memory. Try again.")
+        }
+
+
+def test_what_was_measured_before_a_part_failed_is_written(benchmark_of, monkeypatch, tmp_path):
+    cells, _, run, bench = benchmark_of
+    monkeypatch.setattr(run, "WRITE_S", 0.0)
+    cell = cells.cells({"32x64": (32, 64)}, (1, 2), bench.target, ("none",))[0][0]
+    seen = []
+
+    def rows():
+        yield cell.row("decode", status="measured", us=2.0, low_us=1.9, high_us=2.1)
+        seen.extend(read(tmp_path / "decode.csv"))  # before the part has ended
+        raise RuntimeError("a defect of this benchmark")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        bench.keep("decode", rows())
+    assert [row["us"] for row in seen] == ["2.0"] == [row["us"] for row in read(tmp_path / "decode.csv")]
+    assert [row["us"] for row in bench.rows] == [2.0]
+
+
+def test_without_measured_ceilings_the_tables_are_made(benchmark_of, monkeypatch, tmp_path, capsys):
+    _, _, run, bench = benchmark_of
+    monkeypatch.setattr(run.probe, "probe", lambda *_: next(child_is_gone()))
+    assert run.probed(bench.target, tmp_path) == bench.target
+    assert "out of memory" in capsys.readouterr().err

@@ -141,8 +141,8 @@ def test_without_losses_the_fastest_finalist():
 
 def test_finalists_can_be_told_apart():
     close = [replace(candidate((2, 2, 2)), latency_us=latency) for latency in (100.0, 100.3, 101.0, 120.0)]
-    assert [c.latency_us for c in finalists._spread(close, 2)] == [100.0, 101.0]
-    assert len(finalists._spread(close, 9)) == 3
+    assert [c.latency_us for c in finalists.spread(close, 2)] == [100.0, 101.0]
+    assert len(finalists.spread(close, 9)) == 3
 
 
 def test_a_safe_finalist_is_among_them():

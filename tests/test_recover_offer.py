@@ -76,9 +76,10 @@ def test_a_faster_point_over_the_budget_is_offered(finished):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "dnll_upper_nats", lambda evaluation, ratio: evaluation.kl[0] * limit)
         found = offer(result, None)
-    assert (found.point, found.over) == ("2", pytest.approx(2.0))
+    assert (found.point, found.name, found.over) == ("searched", "point 2", pytest.approx(2.0))
     assert found.faster == pytest.approx(1.2)
-    assert "--point 2 " in found.command and "1.20x faster" in found.sentence
+    assert "--point searched " in found.command and "Point 2 would be 1.20x faster" in found.sentence
+    assert found.tokens > 1.5 * module.TOKENS  # finding it is a part of the price
 
 
 def test_a_run_whose_plan_is_fast_and_certified_says_nothing_false(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ import autotune
 from autotune import cli, recover_command
 from autotune.cleaning import clean
 from autotune.config import RunConfig
-from autotune.errors import AutotuneError, InputError, UsageError
+from autotune.errors import AutotuneError, InputError, UsageError, VerificationError
+from autotune.finalists import OwnWeights
 from autotune.model import load_model, open_model
 from autotune.plan import Plan
 from autotune.recover import run as recover_module
 from autotune.recover import training
-from autotune.recover.run import Options, recover
+from autotune.recover.job import Options
+from autotune.recover.run import recover
 from autotune.tune import tune
 
 TRAINED = "uniform 2:4+w8a8-int8"
@@ -161,6 +164,27 @@ def test_minutes_are_turned_into_steps_once(home, recovered, monkeypatch):
     assert recover(home / "run", asked)["curve"][-1]["steps"] == 20
 
 
+def test_a_finalist_starts_from_its_own_codes(home, monkeypatch):
+    """Where the run compressed a finalist again, these are what is trained."""
+    from autotune.finished import reload
+    from autotune.recover import candidates
+
+    result = reload(home / "run")
+    plain = result.database
+    points = candidates._points(result)
+    point = next(point for point in points if point.finalist)
+    chosen = candidates.configuration(result.problem, point.candidate.genotype)
+    files = {group: f"{number}.safetensors" for number, group in enumerate(chosen) if chosen[group] != "fp32"}
+    own = OwnWeights(files, replace(point.candidate.evaluation, kl=(9.0,) * 8), point.candidate.evaluation)
+    points = tuple(replace(item, own=own) if item is point else item for item in points)
+    monkeypatch.setattr(candidates, "_points", lambda _: points)
+    name, found, database = candidates.find(result, home / "run", point.name.removeprefix("point "))
+    assert (name, found) == (point.name, chosen)
+    assert {group: database.entries[group, chosen[group]] for group in files} == files
+    other = next(item for item in points if not item.files).name.removeprefix("point ")
+    assert candidates.find(result, home / "run", other)[2].entries == plain.entries
+
+
 def test_without_data_the_calibration_documents_are_used(home):
     value = recover(home / "run", options(home, data=None))
     assert value["recovery"]["data"] == "data.jsonl, calibration documents"
@@ -236,12 +260,39 @@ def test_the_command_prints_what_it_did(call, home):
         (["--tokens", "-4"], 2),
         (["--minutes", "1", "--tokens", "9"], 2),
         (["--point", "99"], 3),
+        (["--point", "searched", "--device", "abacus"], 2),
     ],
 )
 def test_the_command_refuses_with_exit_codes(call, home, arguments, code):
     status, _, err = call("recover", home / "run", *arguments)
     assert status == code
     assert "error" in err
+
+
+def test_tune_goes_on_to_a_searched_recovery(call, home, monkeypatch):
+    """Also where the plan was not certified; the price is said first, and a budget of no minutes is refused first."""
+    asked = []
+    monkeypatch.setattr(recover_module, "recover", lambda run, options, *_: asked.append(options) or {})
+    monkeypatch.setattr(recover_command, "_print", lambda run, value: None)
+    monkeypatch.setattr(recover_command, "_check_certificate", lambda run, value: None)
+
+    def finish(result):
+        raise VerificationError("certify.not_certified", "not certified.", "")
+
+    monkeypatch.setattr(cli, "_finish", finish)
+    monkeypatch.setattr(cli, "_run", lambda config, until: None)
+    command = ["tune", home / "model", "--out", home / "run", "--recover"]
+    code, out, err = call(*command, "10")
+    assert code == 0, err
+    assert "certify.not_certified" in out and "20 min of training in all" in out
+    assert [(item.point, item.minutes) for item in asked] == [("searched", 10.0)]
+    assert call(*command, "0")[0] == 2 and len(asked) == 1
+
+
+def test_the_price_is_in_the_dry_run(call, home):
+    code, out, err = call("tune", home / "model", "--dry-run", "--recover", "8", "--out", home / "dry")
+    assert code == 0, err
+    assert "8 min of training for the plan, up to " in out
 
 
 def test_cleaning_removes_codes_and_checkpoints_and_keeps_plan_and_model(home, recovered, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from autotune import finalists
+from autotune import finalists, recompress
+from autotune.compress.database import WeightDatabase
 from autotune.decide import configuration
 from autotune.errors import InfeasibleError, InputError
-from autotune.finalists import nearest_candidate
+from autotune.finalists import Point, nearest_candidate
 from autotune.finished import with_lossy
 from autotune.kernels.kv_formats import GROUP
 from autotune.plan import Plan
@@ -15,8 +17,10 @@ from autotune.result import Result
 from autotune.search.problem import Candidate, Evaluation, Genotype, Problem
 
 
-def find(result: Result, run: Path, wanted: str | None) -> tuple[Result, str, dict[str, str]]:
-    """(the run with every scheme that has weights, the configuration's name, group -> scheme).
+def find(result: Result, run: Path, wanted: str | None) -> tuple[str, dict[str, str], WeightDatabase]:
+    """(the configuration's name, group -> scheme, the codes to start from).
+
+    Those are the configuration's own where the run compressed it again, else the database's.
 
     Args:
         wanted: a point's number or name, "nearest" (to a budget that nothing met), "uniform SCHEME" for a scheme
@@ -25,25 +29,38 @@ def find(result: Result, run: Path, wanted: str | None) -> tuple[Result, str, di
     Raises:
         InputError: `plan.point`, `recover.nothing` where nothing of it is compressed.
     """
-    problem = result.problem
-    assert problem is not None
-    wide = with_lossy(result)
-    assert wide.problem is not None
+    problem, database = result.problem, result.database
+    assert problem is not None and database is not None
     file = run / "plan.json"
+    points = _points(result)
     if wanted is None and file.is_file():
         name, chosen = "the plan", Plan.load(file).configuration
     elif wanted is None or wanted == "nearest":
         name, chosen = "the nearest", configuration(problem, _nearest(result))
     elif wanted.startswith("uniform "):
-        name, chosen = wanted, configuration(wide.problem, wide.problem.uniform(wanted.removeprefix("uniform ")))
+        wide = with_lossy(result).problem
+        assert wide is not None
+        name, chosen = wanted, configuration(wide, wide.uniform(wanted.removeprefix("uniform ")))
     else:
-        name, chosen = _point(result, wanted)
+        name, chosen = _point(problem, points, wanted)
     chosen.pop(GROUP, None)  # training sees the cache as the model is run
     dense = result.session.spec.dtype
     if all(scheme == dense for scheme in chosen.values()):
         what = f"{name} has no compressed layer group to recover."
         raise InputError("recover.nothing", what, "Name another with --point, such as --point 'uniform w8a8-int8'.")
-    return wide, name, chosen
+    return name, chosen, own_codes(problem, points, chosen, database)
+
+
+def own_codes(
+    problem: Problem, points: Sequence[Point], chosen: dict[str, str], database: WeightDatabase
+) -> WeightDatabase:
+    """The database, with the codes of its own in the place of others where this configuration has some."""
+    for point in points:
+        known = configuration(problem, point.candidate.genotype)
+        known.pop(GROUP, None)
+        if point.files and known == chosen:
+            return point.weights(database, chosen)
+    return database
 
 
 def candidate_of(problem: Problem, chosen: dict[str, str], evaluation: Evaluation, source: str) -> Candidate:
@@ -71,14 +88,19 @@ def _nearest(result: Result) -> Genotype:
     return nearest_candidate(result.session, result.problem, result.front).genotype
 
 
-def _point(result: Result, wanted: str) -> tuple[str, dict[str, str]]:
-    assert result.problem is not None and result.front is not None
+def _points(result: Result) -> tuple[Point, ...]:
+    """Of the finished search, finalists with what was made for them; none where nothing met the budget."""
+    assert result.problem is not None and result.front is not None and result.database is not None
     try:
         points = finalists.pick_points(result.session, result.problem, result.front)
     except InfeasibleError:
-        points = []
+        return ()
+    return recompress.found(result.session, result.problem, points, result.database)
+
+
+def _point(problem: Problem, points: Sequence[Point], wanted: str) -> tuple[str, dict[str, str]]:
     for point in points:
         if point.name in (f"point {wanted}", wanted):
-            return point.name, configuration(result.problem, point.candidate.genotype)
+            return point.name, configuration(problem, point.candidate.genotype)
     known = ", ".join([point.name.removeprefix("point ") for point in points] + ["nearest", "uniform SCHEME"])
     raise InputError("plan.point", f"the front has no point {wanted}.", f"It has {known}.")

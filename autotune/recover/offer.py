@@ -1,7 +1,8 @@
 """What `autotune tune` offers when a budget is missed by up to three times: a command that may mend it, and its price.
 
 Offered are, in this order: the nearest configuration where none met the budget; the plan where it was not certified;
-and the fastest measured point that is clearly faster than the plan and whose loss alone is too high.
+and, where a measured point is clearly faster than the plan and its loss alone is too high, a search with what training
+wins back, which may find that point or a better one within the budget.
 """
 
 from __future__ import annotations
@@ -12,24 +13,27 @@ from typing import Any
 
 from autotune.finalists import front_ratio, nearest_candidate, search_budget
 from autotune.models import Models
+from autotune.recover.gains import kinds
+from autotune.recover.job import SEARCHED, TOKENS
+from autotune.recover.searched import FASTER, price
 from autotune.result import Result
 from autotune.search.front import excess
 from autotune.search.problem import Candidate
 from autotune.search.ratio import dnll_upper_nats
 
 REACH = 3.0  # times the budget; beyond, minutes of training have not been seen to help enough
-TOKENS = 1_000_000  # that recovery takes where nothing is said
-FORWARD_PASSES = 4.5  # of the dense model, that a training step takes as long as: measured, 4.4 on the demo model
-_FASTER = 1.05  # than the plan, to be worth the training
+FORWARD_PASSES = 4.4  # of the dense model, that a training step takes as long as: measured on the demo, 4.3 to 4.7
 _TIMED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Offer:
-    """`point`: as `--point` takes it, None for the run's plan. `over`: times the budget that its loss is.
-    `faster`: than the plan, as predicted; None where it is the plan, or there is none."""
+    """`point`: as `--point` takes it, None for the run's plan. `name`: of the configuration that speaks for it.
+    `over`: times the budget that its loss is. `faster`: than the plan, as predicted; None where it is the plan, or
+    there is none. `tokens`: to be trained in all."""
 
     point: str | None
+    name: str
     over: float
     faster: float | None
     tokens: int
@@ -42,11 +46,16 @@ class Offer:
 
     @property
     def sentence(self) -> str:
-        name = "the plan" if self.point is None else f"point {self.point}" if self.point.isdigit() else self.point
         gain = f"would be {self.faster:.2f}x faster than the plan, but " if self.faster is not None else ""
-        what = f"{name[0].upper()}{name[1:]} {gain}loses {self.over:.1f} times the budget"
+        what = f"{self.name[0].upper()}{self.name[1:]} {gain}loses {self.over:.1f} times the budget"
         price = f"{self.tokens:,} tokens, about {self.minutes:,.0f} min at {self.tokens_per_second:,.0f} tokens/s"
-        return f"{what}. Training may bring it back ({price}): {self.command}"
+        may = "Training may bring it back"
+        if self.point == SEARCHED:
+            may = "A search with what training wins back may bring it or a better one within it"
+        return f"{what}. {may} ({price}): {self.command}"
+
+
+Found = tuple[str | None, str, float, float | None]  # point, name, over, faster: see `Offer`
 
 
 def offer(result: Result, models: Models) -> Offer | None:
@@ -57,13 +66,16 @@ def offer(result: Result, models: Models) -> Offer | None:
     found = _nearest(result) if result.chosen is None else _plan(result) or _faster(result)
     if found is None:
         return None
-    point, over, faster = found
-    named = "" if point is None else f" --point '{point}'" if " " in point else f" --point {point}"
+    point, name, over, faster = found
+    named = "" if point is None else f" --point {point}"
     command = f"autotune recover {session.folder.path}{named} --data TEXT"
-    return Offer(point, over, faster, TOKENS, _tokens_per_second(models), command)
+    tokens = TOKENS
+    if point == SEARCHED:
+        tokens = round(price(TOKENS, len(kinds(entry.scheme for entry in result.space.entries))))
+    return Offer(point, name, over, faster, tokens, _tokens_per_second(models), command)
 
 
-def _nearest(result: Result) -> tuple[str | None, float, float | None] | None:
+def _nearest(result: Result) -> Found | None:
     session, problem, front = result.session, result.problem, result.front
     assert problem is not None and front is not None
     nearest = nearest_candidate(session, problem, front)
@@ -71,28 +83,28 @@ def _nearest(result: Result) -> tuple[str | None, float, float | None] | None:
     over = _over(result, nearest)
     if nearest.genotype == problem.dense or over > REACH or any(v > 0 for k, v in missed.items() if k != "loss"):
         return None
-    return "nearest", over, None
+    return "nearest", "nearest", over, None
 
 
-def _plan(result: Result) -> tuple[str | None, float, float | None] | None:
+def _plan(result: Result) -> Found | None:
     assert result.chosen is not None and result.problem is not None
     certificate = (result.certificates or {}).get(result.chosen.name)
     if certificate is None or certificate.state not in ("not_certified", "violated"):
         return None
     over = certificate.loss.upper / certificate.limit
     dense = result.chosen.candidate.genotype == result.problem.dense
-    return None if dense or over > REACH else (None, over, None)
+    return None if dense or over > REACH else (None, "the plan", over, None)
 
 
-def _faster(result: Result) -> tuple[str | None, float, float | None] | None:
+def _faster(result: Result) -> Found | None:
     assert result.chosen is not None and result.problem is not None
     memory = result.session.config.max_memory_bytes
     chosen = result.chosen.candidate.latency_us
     for point in sorted(result.points, key=lambda item: item.candidate.latency_us):
         faster, over = chosen / point.candidate.latency_us, _over(result, point.candidate)
         fits = memory is None or point.candidate.weight_bytes <= memory
-        if faster >= _FASTER and 1 < over <= REACH and fits:
-            return point.name.removeprefix("point "), over, faster
+        if faster >= FASTER and 1 < over <= REACH and fits:
+            return SEARCHED, point.name, over, faster
     return None
 
 

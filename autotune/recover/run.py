@@ -6,14 +6,16 @@
                      weights/    the codes, as the database keeps them
                      checkpoint/ where an unfinished training stands; the same command goes on from there
 
-The run's own plan and model are not touched.
+The run's own plan and model are not touched. `--point searched` first finds what to train (`searched.py`), in stages of
+the run's folder: `recovered_calibration`, `recovered_front` and `recovered_endtoend`, and the losses with their
+recovered column in `loss_recovered.csv`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +25,26 @@ from autotune import planning, verify
 from autotune.certify import Certificate, certify
 from autotune.compress.database import WeightDatabase, serialized
 from autotune.config import RunConfig
-from autotune.errors import InputError, UsageError, VerificationError
+from autotune.errors import UsageError, VerificationError
 from autotune.finalists import Point
-from autotune.finished import reload
+from autotune.finished import reload, with_lossy
 from autotune.kernels.allocator import give_back, keep_large_blocks
-from autotune.model import load_tokenizer
 from autotune.models import LOOK_SHARES, Models
 from autotune.plan import Plan, Recovery
-from autotune.recover import candidates, texts, training
-from autotune.recover.distill import BATCH_TOKENS, BLOCK_SHARE, RATE, Distillation, Recipe
-from autotune.recover.offer import TOKENS
-from autotune.recover.quantizer import Master
-from autotune.recover.student import Student
-from autotune.recover.texts import Sequences
+from autotune.recover import candidates, training
+from autotune.recover.distill import Distillation
+from autotune.recover.job import SEARCHED, Job, Options, budget, device_of, sequences_of
+from autotune.recover.searched import Outcome, SearchedRecovery
 from autotune.recover.training import Trained
 from autotune.reference_model import ReferenceModel
-from autotune.result import Result
 from autotune.run import Reporter, silent
 from autotune.search.problem import Evaluation
-from autotune.session import Session
 from autotune.store import digest, locked, read_json, write_bytes, write_json
 from autotune.teacher import Teacher
 from autotune.verify import EndToEnd
 
+FOLDER = "recovered"  # in the run's
 METHOD = "block by block, then end to end on KL to the dense model; masks fixed, rounding straight-through"
-VERSION = "recover/2"  # part of every key; change it whenever the codes would change
-
-
-@dataclass(frozen=True)
-class Options:
-    """`minutes` or `tokens`; `data`: a text, JSONL or folder; `point`: see `candidates.find`."""
-
-    minutes: float | None = None
-    tokens: int | None = None
-    data: Path | None = None
-    point: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    rate: float = RATE
-    block_share: float = BLOCK_SHARE
-    batch_tokens: int = BATCH_TOKENS
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained: a configuration of a run, its compressed groups, and the text."""
-
-    result: Result  # with every scheme that has weights
-    name: str
-    chosen: dict[str, str]
-    sequences: Sequences
-    folder: Path
-
-    @property
-    def session(self) -> Session:
-        return self.result.session
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(name for name, scheme in self.chosen.items() if scheme != self.session.spec.dtype)
-
-    @property
-    def database(self) -> WeightDatabase:
-        assert self.result.database is not None
-        return self.result.database
-
-    @property
-    def key(self) -> str:
-        """Of everything but the budget that decides the codes."""
-        files = [self.database.entries[name, self.chosen[name]] for name in self.groups]
-        return digest(
-            [VERSION, self.session.spec.model_hash, self.chosen, files, self.sequences.name, self.sequences.digest]
-        )
 
 
 def recover(
@@ -108,24 +58,23 @@ def recover(
     Raises:
         UsageError: `recover.budget`, `recover.latency_only`, `recover.device`.
         InputError: `config.missing`, `plan.choose`, `plan.point`, `recover.nothing`, `recover.too_few`, `data.*`.
+        InfeasibleError: `recover.no_candidate` where a search promises nothing faster within the budget.
         VerificationError: `recover.no_gain` when training did not lower the loss.
         BusyError: `store.locked`.
     """
     _check(run, options)
     keep_large_blocks()
     with locked(run):
-        job = _job(run, options)
-        device = _device(options.device)
-        recipe = Recipe(0, options.seed, options.batch_tokens, options.rate, options.block_share)
-        distillation = _distillation(job, recipe, device)
-        distillation.recipe = recipe = replace(recipe, steps=_steps(job, options, distillation))
+        folder, device = run / FOLDER, device_of(options.device)
+        job, distillation, tried = _begin(run, options, device, report, should_stop)
+        recipe = distillation.recipe
         inputs = [job.key, str(device)]
-        done = _finished(job, digest([inputs, repr(recipe)]))
+        done = _finished(folder, digest([inputs, repr(recipe)]), options.point == SEARCHED)
         if done is not None:
             return done
         trained = training.train(
             distillation,
-            job.folder / "checkpoint",
+            folder / "checkpoint",
             inputs,
             lambda step, steps, note: report("recover", step, steps, note),
             should_stop,
@@ -133,7 +82,7 @@ def recover(
         if trained.best.steps == 0:
             hint = "Give more tokens, or other --data."
             raise VerificationError("recover.no_gain", "training did not lower the loss; nothing was written.", hint)
-        database, weights = _store(job, distillation)
+        database, weights = _store(job, folder, distillation)
         about = Recovery(
             method=METHOD,
             groups=job.groups,
@@ -148,11 +97,31 @@ def recover(
         del distillation
         give_back()
         key = "stopped" if trained.stopped else digest([inputs, repr(recipe)])
-        value = _conclude(job, database, about, trained, report) | {"key": key}
-        write_json(job.folder / "recovery.json", value)
+        value = _conclude(job, folder, database, about, trained, report)
+        value |= {"searched": tried.to_json() if tried else None, "key": key}
+        write_json(folder / "recovery.json", value)
         if not trained.stopped:
-            shutil.rmtree(job.folder / "checkpoint", ignore_errors=True)
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return value
+
+
+def _begin(
+    run: Path, options: Options, device: torch.device, report: Reporter, should_stop: Callable[[], bool]
+) -> tuple[Job, Distillation, Outcome | None]:
+    """What is to be trained, its training with all its steps to come, and how it was found where it was searched."""
+    result = reload(run, report)
+    sequences, wide = sequences_of(result.session, options), with_lossy(result)
+    if options.point == SEARCHED:
+        found = SearchedRecovery(wide, sequences, options, device, report, should_stop).choose()
+        job, steps = found.chosen.job, found.steps
+        return job, job.distillation(replace(options.recipe, steps=steps), device), found
+    job = Job(wide, *candidates.find(result, run, options.point), sequences)
+    distillation = job.distillation(options.recipe, device)
+    steps = budget(
+        options, sequences, run / FOLDER, job.key, lambda minutes: training.steps_for_minutes(distillation, minutes)
+    )
+    distillation.recipe = replace(options.recipe, steps=steps)
+    return job, distillation, None
 
 
 def _check(run: Path, options: Options) -> None:
@@ -163,70 +132,18 @@ def _check(run: Path, options: Options) -> None:
         raise UsageError("recover.latency_only", f"{run} has no losses.", "Tune without --latency-only first.")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise UsageError("recover.device", f"there is no device {name!r} here.", "Use --device cpu.")
-    return torch.device(name)
-
-
-def _job(run: Path, options: Options) -> Job:
-    result, name, chosen = candidates.find(reload(run), run, options.point)
-    session = result.session
-    length = min(texts.LENGTH, session.opened.positions)
-    if options.data is None:
-        documents = session.documents
-        source = f"{documents.name}, calibration documents"
-        found = texts.from_documents(source, documents.calibration, texts.held_out(documents), length, options.seed)
-    else:
-        tokenizer, vocabulary = load_tokenizer(session.opened.folder), session.opened.vocabulary
-        found = texts.read(options.data, tokenizer, vocabulary, session.documents, length, options.seed)
-    return Job(result, name, chosen, found, run / "recovered")
-
-
-def _distillation(job: Job, recipe: Recipe, device: torch.device) -> Distillation:
-    spec = job.session.spec
-    if mixed := [group.name for group in spec.groups if group.name in job.groups and group.experts > 1]:
-        what = f"{mixed[0]} is one of {len(mixed)} groups of experts"
-        raise InputError(
-            "recover.experts", f"{what}, which are not trained yet.", "Name a --point that keeps them dense."
-        )
-    masters = {
-        group.name: Master(job.database.load(group, job.chosen[group.name]), device)
-        for group in spec.groups
-        if group.name in job.groups
-    }
-    student = Student(job.session.reference().to(device), spec, masters)
-    return Distillation(student, job.sequences, recipe)
-
-
-def _steps(job: Job, options: Options, distillation: Distillation) -> int:
-    """Minutes become steps once, written down before they are acted on: a resumed recovery does the same."""
-    if options.minutes is None:
-        step = distillation.count * job.sequences.train.shape[1]
-        return max(1, (options.tokens or TOKENS) // step)
-    file = job.folder / "budget.json"
-    key = digest([job.key, repr(distillation.recipe), options.minutes, torch.get_num_threads()])
-    if file.is_file() and read_json(file, "recover").get("key") == key:
-        return int(read_json(file, "recover")["steps"])
-    steps = training.steps_for_minutes(distillation, options.minutes)
-    write_json(file, {"key": key, "minutes": options.minutes, "steps": steps})
-    return steps
-
-
-def _finished(job: Job, key: str) -> dict[str, Any] | None:
+def _finished(folder: Path, key: str, searched: bool) -> dict[str, Any] | None:
     """What an equal recovery wrote."""
-    file = job.folder / "recovery.json"
-    if not (file.is_file() and (job.folder / "plan.json").is_file()):
+    file = folder / "recovery.json"
+    if not (file.is_file() and (folder / "plan.json").is_file()):
         return None
     value: dict[str, Any] = read_json(file, "recover")
-    return value if value.get("key") == key else None
+    return value if value.get("key") == key and (value.get("searched") is not None) == searched else None
 
 
-def _store(job: Job, distillation: Distillation) -> tuple[WeightDatabase, str]:
+def _store(job: Job, folder: Path, distillation: Distillation) -> tuple[WeightDatabase, str]:
     """(the database of the trained codes, the hash of them all)."""
-    folder = job.folder / "weights"
+    folder = folder / "weights"
     entries, data = {}, []
     for name in job.groups:
         item = job.chosen[name]
@@ -240,7 +157,7 @@ def _store(job: Job, distillation: Distillation) -> tuple[WeightDatabase, str]:
 
 
 def _conclude(
-    job: Job, database: WeightDatabase, about: Recovery, trained: Trained, report: Reporter
+    job: Job, folder: Path, database: WeightDatabase, about: Recovery, trained: Trained, report: Reporter
 ) -> dict[str, Any]:
     """Measure the recovered configuration, write its plan and its model."""
     session, chosen = job.session, job.chosen
@@ -260,8 +177,8 @@ def _conclude(
     plan = planning.recovered(planning.build_plan(job.result, Point("recovered", candidate, True)), about)
     report("save", 0, 1)
     if models.runnable is not None:
-        models.runnable.save(job.folder / "model", session.opened, plan, database)
-    plan.save(job.folder / "plan.json")
+        models.runnable.save(folder / "model", session.opened, plan, database)
+    plan.save(folder / "plan.json")
     report("save", 1, 1)
     return _value(job, plan, about, trained, (before, after), certificate, end_to_end)
 

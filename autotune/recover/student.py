@@ -96,9 +96,18 @@ class Student:
         self.model = model
         self.spec = spec
         self.groups: dict[str, TrainedGroup] = {}
+        self._replaced: list[tuple[str, nn.Module]] = []
         for group in spec.groups:
             if group.name in masters:
+                self._replaced += [(member.module, model.get_submodule(member.module)) for member in group.members]
                 self.groups[group.name] = _replace(model, group, masters[group.name])
+
+    def release(self) -> nn.Module:
+        """The dense model as it was given; the student is not used any more."""
+        for path, module in self._replaced:
+            parent, _, name = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), name, module)
+        return self.model
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ import hashlib
 
 from plotly.offline import get_plotlyjs
 
-from autotune.report import charts, charts_device, page_assets, page_tables, words
+from autotune.report import charts, charts_device, page_assets, page_recovered, page_tables, words
 from autotune.report.charts import Chart
 from autotune.report.front import has_loss
 from autotune.report.markup import Html, join, script_json, tag
@@ -30,6 +30,7 @@ def render(report: Report) -> str:
         page_tables.speed_table(report),
         join(_section(identity, report) for identity in drawn),
         _groups(report),
+        page_recovered.section(report),
         _samples(report),
         _run(report),
     )

@@ -10,6 +10,8 @@ from autotune.report.grid import Cell, grid
 from autotune.report.markup import Html, join, tag
 from autotune.report.words import Report
 
+_LOSS = ("loss_nats", "low_nats", "high_nats")
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> Html:
     """`numbers`: columns to align right."""
@@ -73,25 +75,28 @@ def _compression(made: dict[str, Any] | None) -> str:
 
 
 def _options(options: Sequence[dict[str, Any]]) -> Html:
-    head = tag(
-        "tr", *(tag("th", name) for name in ("scheme", "status", "time", "loss (nats, 95%)", "weights", "reason"))
-    )
+    trained = any(option.get("recovered_nats") is not None for option in options)
+    names = ["scheme", "status", "time", "loss (nats, 95%)", "weights", "reason"]
+    names[4:4] = ["if trained"] if trained else []
     rows = []
     for option in options:
-        cells = (
+        cells: list[object] = [
             scheme_name(option["scheme"]),
             "chosen" if option["chosen"] else option["status"].replace("_", " "),
             words.us(option["latency_us"]),
             _loss(option),
             words.size(option["weight_bytes"]),
             option["reason"],
-        )
+        ]
+        cells[4:4] = [_loss(option, "recovered_")] if trained else []
         rows.append(tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if option["chosen"] else None))
+    head = tag("tr", *(tag("th", name) for name in names))
     return tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
 
 
-def _loss(option: Mapping[str, Any]) -> str:
-    mean, low, high = (words.nats(option[key]) for key in ("loss_nats", "low_nats", "high_nats"))
+def _loss(option: Mapping[str, Any], column: str = "") -> str:
+    keys = [f"{column}{key}" for key in (("nats", "low_nats", "high_nats") if column else _LOSS)]
+    mean, low, high = (words.nats(option.get(key)) for key in keys)
     return mean if words.NONE in (mean, low, high) else f"{mean} ({words.between(low, high)})"
 
 

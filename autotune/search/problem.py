@@ -104,6 +104,11 @@ class Evaluation:
     def dnll_nats(self) -> float:
         return sum(self.dnll) / sum(self.tokens)
 
+    def scaled(self, share: float) -> Evaluation:
+        """What it would be with a share of the loss: expected then, not measured."""
+        kl, dnll = (tuple(share * value for value in values) for values in (self.kl, self.dnll))
+        return Evaluation(self.tokens, kl, dnll)
+
 
 class Evaluate(Protocol):
     def __call__(self, genotype: Genotype, look: int) -> Evaluation:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from autotune.errors import DeviceError
 from autotune.kernels.spec import KERNELS
 from autotune.profilers.jobs import Job
 from autotune.profilers.latency import time_jobs
@@ -91,15 +92,19 @@ def timed(
     table: str, fits: list[Cell], misfits: dict[Cell, str], target: Target, deadline_s: float, dtype: str = "bf16"
 ) -> Iterator[tuple[Row, LatencyRow | None]]:
     """Every cell's row, as it comes; those not reached by `deadline_s` (of `time.monotonic`) at the end."""
-    waiting = {cell.job(dtype): cell for cell in fits}
+    waiting, ended = {cell.job(dtype): cell for cell in fits}, "no time left"
     running = time_jobs(list(waiting), target, PROTOCOL)
-    for job, result in running:
-        yield row_of(table, waiting.pop(job), result, target), result
-        if time.monotonic() > deadline_s:
-            running.close()  # type: ignore[attr-defined]
-            break
+    try:
+        for job, result in running:
+            yield row_of(table, waiting.pop(job), result, target), result
+            if time.monotonic() > deadline_s:
+                break
+    except DeviceError as error:  # of the measuring process itself: what it measured stays
+        ended = f"{error.message} {error.hint}"[:300]
+    finally:
+        running.close()  # type: ignore[attr-defined]
     for cell in waiting.values():
-        yield cell.row(table, status="not reached", reason="no time left"), None
+        yield cell.row(table, status="not reached", reason=ended), None
     for cell, reason in misfits.items():
         yield cell.row(table, status="not legal", reason=reason), None
 

@@ -26,7 +26,7 @@ def checked(
     fits: list[Cell], misfits: dict[Cell, str], deadline_s: float, threads: int, dtype: str = "bf16"
 ) -> Iterator[Row]:
     """A row a cell: "correct" with its errors, "failed" with the reason, or "not reached"."""
-    waiting = dict(enumerate(fits))
+    waiting, ended = dict(enumerate(fits)), "no time left"
     while waiting and time.monotonic() < deadline_s:
         at: int | None = None
         children = stream(
@@ -45,11 +45,13 @@ def checked(
                 if time.monotonic() > deadline_s:
                     break
         except DeviceError as error:
-            if at is None or at not in waiting:
-                raise
-            yield waiting.pop(at).row("correctness", reason=f"{error.message} {error.hint}"[:300])
+            said = f"{error.message} {error.hint}"[:300]
+            if at is None or at not in waiting:  # no cell is to blame, and none would fare better
+                ended = said
+                break
+            yield waiting.pop(at).row("correctness", reason=said)
     for cell in waiting.values():
-        yield cell.row("correctness", status="not reached", reason="no time left")
+        yield cell.row("correctness", status="not reached", reason=ended)
     for cell, reason in misfits.items():
         yield cell.row("correctness", status="not legal", reason=reason)
 

@@ -21,6 +21,7 @@ from autotune.profilers import environment
 from autotune.profilers.isolate import stream
 
 STEP_S, START_S = 240.0, 300.0
+LATE_S = 60.0  # a child that says nothing for so long after the end of its time is given up
 # kernel, scheme; the first is the baseline
 CONFIGURATIONS = {
     "cuda": (
@@ -57,14 +58,11 @@ def measured(device: str, deadline_s: float, known: list[Row], models: tuple[str
         wanted = list(CONFIGURATIONS[device])
         while wanted and time.monotonic() < deadline_s:
             at, done = wanted[0], False
-            arguments = {
-                "device": device,
-                "model": model,
-                "configurations": wanted,
-                "seconds": deadline_s - time.monotonic(),
-            }
+            left_s = deadline_s - time.monotonic()
+            arguments = {"device": device, "model": model, "configurations": wanted, "seconds": left_s}
+            step_s, start_s = min(STEP_S, left_s + LATE_S), min(START_S, left_s + LATE_S)
             try:
-                for event in stream("end_to_end:measure", arguments, STEP_S, environment.child_env(8), START_S):
+                for event in stream("end_to_end:measure", arguments, step_s, environment.child_env(8), start_s):
                     if event["event"] == "start":
                         at = (event["kernel"], event["scheme"])
                     elif event["event"] == "failed":
@@ -141,8 +139,14 @@ def measure(
                 if is_sticky(error):
                     os._exit(STICKY_EXIT)
         for phase, (batch, tokens) in PHASES.items():
-            if time.monotonic() < end_s:
+            if time.monotonic() >= end_s:
+                return
+            try:
                 _time_phase(emit, network, groups, ready, phase, batch, tokens, device)
+            except Exception as error:  # the other phases may still be timed
+                emit(_failed(phase, "all", "", error))
+                if is_sticky(error):
+                    os._exit(STICKY_EXIT)
 
 
 def _failed(phase: str, kernel: str, scheme: str, error: Exception) -> dict[str, Any]:
@@ -246,6 +250,8 @@ def _time_phase(
 
     def starting(name: str) -> None:
         watch.look()
+        kernel, _, scheme = name.partition(" ")
+        emit({"event": "start", "kernel": kernel, "scheme": scheme})
         if device == "cpu":  # there a graph is the model itself, which has to be switched
             _select(groups, name)
 

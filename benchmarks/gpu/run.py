@@ -17,7 +17,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,7 @@ import correctness
 import shapes
 from cells import Row, cells, timed, with_speedups
 
+from autotune.errors import DeviceError
 from autotune.kernels.spec import kernel_hash
 from autotune.profilers import environment, probe
 from autotune.profilers.latency import host_threads
@@ -40,6 +41,7 @@ from autotune.targets.target import Target
 
 # name -> share of the time that is left when it starts
 PARTS = {"smoke": 0.2, "prefill": 0.3, "decode": 0.45, "int4": 0.4, "end_to_end": 0.6, "correctness": 1.0}
+WRITE_S = 5.0  # how often the rows of a part that is at work are written
 
 
 @dataclass
@@ -66,29 +68,45 @@ class Bench:
     def table(self, name: str, default: dict[str, tuple[int, int]], rows: Sequence[int], *only: str) -> None:
         """Time all kernels (or those of the patterns `only`) on these shapes and rows."""
         fits, misfits = cells(self.shapes(default), rows, self.target, only or self.patterns, self.dtype)
-        found = []
-        for row, latency in timed(name, fits, misfits, self.target, self.deadline(name), self.dtype):
-            found.append(row)
+        rows_of_table = timed(name, fits, misfits, self.target, self.deadline(name), self.dtype)
+        self.keep(name, self._noting_latencies(rows_of_table), lambda found: with_speedups(found, self.dtype))
+
+    def _noting_latencies(self, rows: Iterable[tuple[Row, LatencyRow | None]]) -> Iterator[Row]:
+        for row, latency in rows:
             if latency is not None:
                 self.latencies.append(latency)
-        self.add(name, with_speedups(found, self.dtype))
+            yield row
 
     def check(self, name: str, some: dict[str, tuple[int, int]], rows: Sequence[int]) -> None:
         fits, misfits = cells(self.shapes(some), rows, self.target, self.patterns, self.dtype)
         fits.sort(key=lambda cell: cell.outputs * cell.inputs)  # smallest first: most cells for the time there is
         threads = host_threads(self.target)
-        self.add(name, list(correctness.checked(fits, misfits, self.deadline(name), threads, self.dtype)))
+        self.keep(name, correctness.checked(fits, misfits, self.deadline(name), threads, self.dtype))
 
-    def add(self, name: str, rows: list[Row]) -> None:
-        """Keep and write rows at once: what comes later may be cut off."""
+    def keep(
+        self, name: str, rows: Iterable[Row], finish: Callable[[list[Row]], list[Row]] = lambda found: found
+    ) -> None:
+        """A part's rows, written every few seconds and at its end, whatever ends it: the rest may be cut off."""
+        found, written_s = list[Row](), time.monotonic()
+        try:
+            for row in rows:
+                found.append(row)
+                if time.monotonic() - written_s > WRITE_S:
+                    self.write(name, finish(found))
+                    written_s = time.monotonic()
+        finally:
+            kept = finish(found)
+            self.rows += kept
+            self.write(name, kept)
+            print(summary(name, kept), flush=True)
+
+    def write(self, name: str, rows: list[Row]) -> None:
         state = cuda_driver.state() if self.target.device == "cuda" else None
         now = f"SM {state.sm_mhz} MHz, {state.temperature_c} C" if state else ""
-        self.rows += rows
         write_csv(self.out / f"{name}.csv", [row | self.provenance | {"card_after": now} for row in rows])
         if self.latencies:
             fingerprint = self.provenance["fingerprint"]
             LatencyTable(self.target.name, fingerprint, tuple(self.latencies)).to_csv(self.out / "latency.csv")
-        print(summary(name, rows), flush=True)
 
 
 def smoke(bench: Bench) -> None:
@@ -120,7 +138,7 @@ def end_to_end(bench: Bench) -> None:
     import end_to_end as whole
 
     models = ("llama-3.1-8b", "llama-3.2-1b") if bench.target.device == "cuda" else ("tiny",)
-    bench.add("end_to_end", list(whole.measured(bench.target.device, bench.deadline("end_to_end"), bench.rows, models)))
+    bench.keep("end_to_end", whole.measured(bench.target.device, bench.deadline("end_to_end"), bench.rows, models))
 
 
 RUN: dict[str, Callable[[Bench], None]] = {
@@ -206,9 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     if not arguments.no_probe:
-        memo = Memo(arguments.out / "probe.sqlite")
-        target = probe.probe(target, memo)
-        memo.close()
+        target = probed(target, arguments.out)
     about = provenance(target, host_threads(target))
     bench = Bench(
         target, arguments.out, started_s + 60 * arguments.minutes, tuple(arguments.kernels.split(",")),
@@ -224,6 +240,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"  {time.monotonic() - started_s:.0f} s since the start", flush=True)
     return 0
+
+
+def probed(target: Target, out: Path) -> Target:
+    """With measured ceilings, or those of its data sheet where the probe fails: the tables need no ceilings."""
+    memo = Memo(out / "probe.sqlite")
+    try:
+        return probe.probe(target, memo)
+    except DeviceError as error:
+        print(f"\nprobe: {error.message} {error.hint}", file=sys.stderr, flush=True)
+        return target
+    finally:
+        memo.close()
 
 
 def _specs(target: Target) -> dict[str, Any]:

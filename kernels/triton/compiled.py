@@ -50,6 +50,10 @@ class Variant:
     tensor_cores: bool
     least_capability: float = 7.5
 
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{self.name} {sizes} warps={self.warps} stages={self.stages}"
+
 
 @dataclass(frozen=True)
 class Resources:

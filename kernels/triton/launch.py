@@ -3,6 +3,9 @@
 Triton's interpreter (`TRITON_INTERPRET=1`, set before this is imported) runs kernels on CPU tensors; it multiplies bf16
 tiles as if their bits were integers, so `product` widens them there.
 
+Outputs past the end are masked, not led to a column that exists: adjacent outputs are loaded 16 bytes at a time, and
+copied ahead into shared memory, only where the compiler sees that their addresses are adjacent.
+
 A configuration is timed on the first call of a shape and kept for the process. A call that is being captured into a
 CUDA graph cannot time anything and takes the first; the profiler and the runtime call once before they capture.
 """
@@ -60,7 +63,7 @@ def _time_s(launch: Callable[[Config], object], config: Config) -> float:
     """The fastest of a few calls; infinite for a configuration that needs more than the device has."""
     try:
         launch(config)
-    except (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError):
+    except (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError, RuntimeError):
         return float("inf")
     best = float("inf")
     for _ in range(_REPEATS):

@@ -65,17 +65,17 @@ def one_row_kernel(
     BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = tl.where(n < outputs, n, 0)
     lane = tl.arange(0, BK)
     sums = tl.zeros([BK, BN], tl.float32)
     for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
-        place = tl.load(positions + word[:, None] * outputs + at[None, :], inside[:, None], 0)
+        held = inside[:, None] & (n < outputs)[None, :]
+        place = tl.load(positions + word[:, None] * outputs + n[None, :], held, 0)
         for s in tl.static_range(8):
-            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + at[None, :]
-            a = tl.load(first + w_at, inside[:, None], 0.0, eviction_policy="evict_first").to(tl.float32)
-            b = tl.load(second + w_at, inside[:, None], 0.0, eviction_policy="evict_first").to(tl.float32)
+            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + n[None, :]
+            a = tl.load(first + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
+            b = tl.load(second + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
             x_at = x + (s * count + word) * 4
             x0 = tl.load(x_at, inside, 0.0).to(tl.float32)[:, None]
             x1 = tl.load(x_at + 1, inside, 0.0).to(tl.float32)[:, None]
@@ -108,19 +108,18 @@ def few_rows_kernel(
     WIDE: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = tl.where(n < outputs, n, 0)
     m, lane = tl.arange(0, BM), tl.arange(0, BK)
     inputs = count * 32
     sums = tl.zeros([BM, BN], tl.float32)
     for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
-        valid = (m < rows)[:, None] & inside[None, :]
-        place = tl.load(positions + word[:, None] * outputs + at[None, :], inside[:, None], 0)
+        valid, held = (m < rows)[:, None] & inside[None, :], inside[:, None] & (n < outputs)[None, :]
+        place = tl.load(positions + word[:, None] * outputs + n[None, :], held, 0)
         for s in tl.static_range(8):
-            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + at[None, :]
-            a = tl.load(first + w_at, inside[:, None], 0.0, eviction_policy="evict_first").to(tl.float32)
-            b = tl.load(second + w_at, inside[:, None], 0.0, eviction_policy="evict_first").to(tl.float32)
+            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + n[None, :]
+            a = tl.load(first + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
+            b = tl.load(second + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
             low, high = (place >> (4 * s)) & 3, (place >> (4 * s + 2)) & 3
             x_at = x + m[:, None] * inputs + ((s * count + word) * 4)[None, :]
             for j in tl.static_range(4):

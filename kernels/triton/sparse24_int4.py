@@ -82,17 +82,17 @@ def one_row_kernel(
     BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    column = tl.where(n < outputs, n, 0)
     lane = tl.arange(0, BK)
     sums = tl.zeros([BK, BN], tl.float32)
     for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
-        at = word[:, None] * outputs + column[None, :]
-        a = tl.load(first + at, inside[:, None], 0, eviction_policy="evict_first")
-        b = tl.load(second + at, inside[:, None], 0, eviction_policy="evict_first")
-        where = tl.load(places + at, inside[:, None], 0, eviction_policy="evict_first")
-        scale = tl.load(scales + (word // 4)[:, None] * outputs + column[None, :], inside[:, None], 0.0)
+        held = inside[:, None] & (n < outputs)[None, :]
+        at = word[:, None] * outputs + n[None, :]
+        a = tl.load(first + at, held, 0, eviction_policy="evict_first")
+        b = tl.load(second + at, held, 0, eviction_policy="evict_first")
+        where = tl.load(places + at, held, 0, eviction_policy="evict_first")
+        scale = tl.load(scales + (word // 4)[:, None] * outputs + n[None, :], held, 0.0)
         x_at = x + word // 4 * 128 + word % 4 * 4
         part = tl.zeros([BK, BN], tl.float32)
         total = tl.zeros([BK], tl.float32)
@@ -128,18 +128,18 @@ def few_rows_kernel(
 ) -> None:
     """A tile spans several scale groups: scales go on the weights, which then round to bf16."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    column = tl.where(n < outputs, n, 0)
     m, lane = tl.arange(0, BM), tl.arange(0, BK)
     inputs = count * 32
     sums = tl.zeros([BM, BN], tl.float32)
     for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
-        at = word[:, None] * outputs + column[None, :]
-        a = tl.load(first + at, inside[:, None], 0, eviction_policy="evict_first")
-        b = tl.load(second + at, inside[:, None], 0, eviction_policy="evict_first")
-        where = tl.load(places + at, inside[:, None], 0, eviction_policy="evict_first")
-        scale = tl.load(scales + (word // 4)[:, None] * outputs + column[None, :], inside[:, None], 0.0).to(tl.float32)
+        held = inside[:, None] & (n < outputs)[None, :]
+        at = word[:, None] * outputs + n[None, :]
+        a = tl.load(first + at, held, 0, eviction_policy="evict_first")
+        b = tl.load(second + at, held, 0, eviction_policy="evict_first")
+        where = tl.load(places + at, held, 0, eviction_policy="evict_first")
+        scale = tl.load(scales + (word // 4)[:, None] * outputs + n[None, :], held, 0.0).to(tl.float32)
         x_at = x + m[:, None] * inputs + (word // 4 * 128 + word % 4 * 4)[None, :]
         valid = (m < rows)[:, None] & inside[None, :]
         for j in tl.static_range(4):

@@ -64,16 +64,14 @@ def one_row_kernel(
     BK: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = tl.where(n < outputs, n, 0)
     lane = tl.arange(0, BK)
     sums = tl.zeros([BK, BN], tl.float32)
     for start in tl.range(tl.program_id(1) * BK, count, SPLITS * BK, num_stages=STAGES):
         word = start + lane
         inside = word < count
-        packed = tl.load(
-            words + word[:, None] * outputs + at[None, :], inside[:, None], 0, eviction_policy="evict_first"
-        )
-        scale = tl.load(scales + (word // EIGHTH)[:, None] * outputs + at[None, :], inside[:, None], 0.0)
+        held = inside[:, None] & (n < outputs)[None, :]
+        packed = tl.load(words + word[:, None] * outputs + n[None, :], held, 0, eviction_policy="evict_first")
+        scale = tl.load(scales + (word // EIGHTH)[:, None] * outputs + n[None, :], held, 0.0)
         x_at = x + word // EIGHTH * (8 * EIGHTH) + word % EIGHTH
         part = tl.zeros([BK, BN], tl.float32)
         total = tl.zeros([BK], tl.float32)
@@ -106,7 +104,6 @@ def few_rows_kernel(
 ) -> None:
     """Where a tile is one group, its scale goes on the sums; else it goes on the weights, which then round to bf16."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    at = tl.where(n < outputs, n, 0)
     m, lane = tl.arange(0, BM), tl.arange(0, BK)
     in_m = m < rows
     inputs = count * 8
@@ -114,9 +111,8 @@ def few_rows_kernel(
     for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
-        packed = tl.load(
-            words + word[:, None] * outputs + at[None, :], inside[:, None], 0, eviction_policy="evict_first"
-        )
+        held = inside[:, None] & (n < outputs)[None, :]
+        packed = tl.load(words + word[:, None] * outputs + n[None, :], held, 0, eviction_policy="evict_first")
         x_at = x + m[:, None] * inputs + (word // EIGHTH * (8 * EIGHTH) + word % EIGHTH)[None, :]
         valid = in_m[:, None] & inside[None, :]
         if BK == EIGHTH:
@@ -127,10 +123,10 @@ def few_rows_kernel(
                 b = (((packed >> (4 * s)) & 0xF) ^ 0x4308).to(tl.int16).to(tl.bfloat16, bitcast=True)
                 part = product(a, b, part, WIDE)
                 total += tl.sum(a.to(tl.float32), 1)
-            scale = tl.load(scales + start // EIGHTH * outputs + at).to(tl.float32)
+            scale = tl.load(scales + start // EIGHTH * outputs + n, n < outputs, 0.0).to(tl.float32)
             sums += (part - 136.0 * total[:, None]) * scale[None, :]
         else:
-            scale = tl.load(scales + (word // EIGHTH)[:, None] * outputs + at[None, :], inside[:, None], 0.0)
+            scale = tl.load(scales + (word // EIGHTH)[:, None] * outputs + n[None, :], held, 0.0)
             for s in tl.static_range(8):
                 a = tl.load(x_at + s * EIGHTH, valid, 0.0)
                 bits = packed << (16 - 4 * s) if s < 4 else packed >> (4 * s - 16)
@@ -192,7 +188,9 @@ def run(packed: Packed, x: torch.Tensor) -> torch.Tensor:
 
 
 def configs(rows: int) -> tuple[Config, ...]:
-    return ONE_ROW if rows == 1 else FEW_ROWS
+    """More than 32 rows leave registers for 16 words at a time, not for 32."""
+    few = FEW_ROWS if rows <= 32 else tuple(config for config in FEW_ROWS if config.steps <= 16)
+    return ONE_ROW if rows == 1 else few
 
 
 def unpacked(packed: Packed) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""The page's section on training after compression: what was found, promised, measured and won."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autotune.report import words
+from autotune.report.markup import Html, tag
+from autotune.report.page_tables import facts, table
+from autotune.report.words import Report
+
+
+def section(report: Report) -> Html:
+    made = report.get("recovered")
+    if not made:
+        return Html("")
+    parts = [_result(made)]
+    if found := made.get("searched"):
+        parts += [tag("h3", "What training leaves of a loss"), _factors(found)]
+        parts += [tag("h3", "Candidates"), _candidates(found)]
+    note = "Beside the plan above: another one, whose weights were trained after compression. It is in recovered/."
+    return tag("section", tag("h2", "Trained after compression"), tag("p", note, class_="note"), *parts)
+
+
+def _result(made: dict[str, Any]) -> Html:
+    losses, certificate, speedup = made["search_documents"], made["certificate"], made["speedup"]
+    kl = words.change(words.nats(losses["kl_nats_before"]), words.nats(losses["kl_nats"]))
+    upper = words.nats(certificate["loss"]["upper"])
+    rows: dict[str, object] = {
+        "configuration": made["configuration"],
+        "trained on": f"{made['tokens']:,} tokens, {made['seconds'] / 60:.1f} min",
+        "KL on the search documents": f"{kl} nats",
+        "certificate": f"{certificate['statement']}: loss at most {upper}, budget {words.nats(certificate['limit'])}",
+    }
+    if speedup:
+        low, high = words.times(speedup["low"]), words.times(speedup["high"])
+        rows["over dense, end to end"] = f"{words.times(speedup['median'])} ({words.between(low, high)})"
+    return facts(rows)
+
+
+def _factors(found: dict[str, Any]) -> Html:
+    rows = [
+        (
+            item["kind"],
+            len(item["groups"]),
+            item["steps"],
+            f"{_share(item['left'])} ({words.between(_share(item['low']), _share(item['high']))})",
+            _share(item["at_budget"]["left"]),
+        )
+        for item in found["factors"]
+    ]
+    head = ("kind of scheme", "groups trained", "steps", "KL left, measured", f"after {found['steps']} steps, promised")
+    return table(head, rows, numbers=(1, 2, 3, 4))
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _candidates(found: dict[str, Any]) -> Html:
+    rows = [
+        (
+            f"{item['name']}{', taken' if item['chosen'] else ''}",
+            words.ms(item["latency_ms"]),
+            words.nats(item["one_shot_nats"]),
+            words.nats(item["short_promised_nats"]),
+            words.nats(item["short_nats"]),
+            words.nats(item["promised_nats"]),
+            words.nats(item["expected_nats"]),
+        )
+        for item in found["candidates"]
+    ]
+    short = f"after {found['short_steps']} steps"
+    head = ("", "time", "KL one-shot", f"{short}, promised", "measured", "by the end, promised", "expected since")
+    noisy = f" Times say little: {found['noisy']}." if found["noisy"] else ""
+    plan = tag("p", f"The run's plan takes {words.ms(found['plan_latency_ms'])}.{noisy}", class_="note")
+    return tag("div", table(head, rows, numbers=(1, 2, 3, 4, 5, 6)), plan)
