@@ -25,6 +25,7 @@ from autotune.experts import align_routers, split_experts
 from autotune.folding import Fold, Site, fold
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
+from autotune.kernels.cpu import build
 from autotune.kernels.linear import FusedGroup, alternative, install
 from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
@@ -97,6 +98,8 @@ def load(folder: Path | str) -> nn.Module:
     plan = Plan.load(path / "plan.json")
     _check_same_plan(path / WEIGHTS, plan)
     device = device_of(plan.kernels.values())
+    if device.type == "cpu":
+        build.prepare()
     tensors = _read(path / WEIGHTS)
     dtype = _DTYPES[plan.model.dtype]
     model = _skeleton(path, plan, dtype)

@@ -9,6 +9,7 @@ from typing import Any
 from autotune import memory_budget, streamed_score
 from autotune.compress import database
 from autotune.compress.database import WeightDatabase
+from autotune.kernels.cpu import build
 from autotune.kernels.spec import KERNELS, kernel_hash
 from autotune.latency_model import Calibration, fit
 from autotune.latency_model import calibrate as calibrate_model
@@ -41,6 +42,8 @@ def profile(session: Session, space: SearchSpace) -> LatencyTable:
         if not session.local:
             estimates = latency.estimate(session.spec, space, session.target, session.workload, KERNELS)
             return measured.fill(estimates, session.target)
+        if session.target.device == "cpu":
+            build.prepare()
         memo = Memo(user_folder() / "measurements.sqlite")
         try:
             progress = session.progress("profile")

@@ -7,7 +7,7 @@ there. Loading counts everything between wanting a function and having it: readi
 compiler for its version, checking the file, dlopen. torch is imported before the clock starts.
 
 Rows written by `--json` (a list):
-    library            name of the library; "all" is one process that takes all of them in turn
+    library            name of the library; "all" is one process that takes all of them, compiled side by side
     compile_seconds    first use
     load_ms            median of a later start
     load_ms_low, load_ms_high    fastest and slowest
@@ -25,23 +25,18 @@ from pathlib import Path
 
 from autotune.kernels.cpu import build
 from autotune.store import write_json
-from autotune.targets.detect import detect_cpu
 
 _CHILD = """
 import sys, time
 import torch
 from autotune.kernels.cpu import build
 start = time.perf_counter()
+if len(sys.argv) > 2:
+    build.prepare()
 for name in sys.argv[1:]:
     build.library(name)
 print(time.perf_counter() - start)
 """
-
-
-def libraries() -> list[str]:
-    """Those that this CPU uses."""
-    tiles = "amx_tile" in detect_cpu().features
-    return sorted(path.stem for path in build.FOLDER.glob("*.cpp") if tiles or not path.stem.startswith("amx"))
 
 
 def seconds(names: list[str], home: str) -> float:
@@ -66,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    names = libraries()
+    names = build.libraries()
     rows: list[dict[str, object]] = []
     print(f"{'library':14} {'first use, s':>14} {'later, ms':>12}")
     for label, taken in [*((name, [name]) for name in names), ("all", names)]:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import native
@@ -330,3 +331,19 @@ def test_flags_of_an_instruction_set_without_a_path_say_so(tmp_path, monkeypatch
     with pytest.raises(DeviceError, match="needs AVX-512 VNNI, AVX2 with FMA"):
         build.build("integer", (*native.FAST, "-msse4.2"))
     assert _left(tmp_path) == []
+
+
+def test_libraries_are_prepared_side_by_side_and_what_fails_is_left(monkeypatch):
+    meeting = threading.Barrier(2, timeout=60)
+    asked = []
+
+    def made(name):
+        asked.append(name)
+        if name in ("norm", "sweep"):
+            meeting.wait()  # never met by one after the other
+            raise DeviceError("kernel.compiler", "it fails.")
+
+    monkeypatch.setattr(build, "build", made)
+    build.prepare()
+    assert sorted(asked) == build.libraries()
+    assert {"integer", "decoder", "norm", "sweep"} <= set(asked)

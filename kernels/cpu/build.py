@@ -13,12 +13,14 @@ import shlex
 import struct
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from autotune.errors import DeviceError
 from autotune.store import digest, user_folder
-from autotune.targets.detect import compiler
+from autotune.targets.detect import compiler, detect_cpu
 
 FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-march=native", "-w")
@@ -28,6 +30,24 @@ _COMPILE_SECONDS = 120
 def sources(name: str) -> list[Path]:
     """What a library is made of: NAME.cpp and every header beside it."""
     return [FOLDER / f"{name}.cpp", *sorted(FOLDER.glob("*.h"))]
+
+
+def libraries() -> list[str]:
+    """All that this CPU uses."""
+    tiles = "amx_tile" in detect_cpu().features
+    return sorted(path.stem for path in FOLDER.glob("*.cpp") if tiles or not path.stem.startswith("amx"))
+
+
+def prepare() -> None:
+    """Compile what this machine has none of yet, side by side: one after the other they take twice as long. A library
+    that cannot be built is left to whoever asks for it."""
+
+    def quietly(name: str) -> None:
+        with suppress(DeviceError):
+            build(name)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(quietly, libraries()))
 
 
 @cache
