@@ -108,16 +108,18 @@ def few_rows_kernel(
     WIDE: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    # Beside 64 rows of activations no registers are left for wide loads: there the compiler is kept from them.
+    at = n if BM < 64 else tl.where(n < outputs, n, 0)
     m, lane = tl.arange(0, BM), tl.arange(0, BK)
     inputs = count * 32
     sums = tl.zeros([BM, BN], tl.float32)
     for start in range(tl.program_id(1) * BK, count, SPLITS * BK):
         word = start + lane
         inside = word < count
-        valid, held = (m < rows)[:, None] & inside[None, :], inside[:, None] & (n < outputs)[None, :]
-        place = tl.load(positions + word[:, None] * outputs + n[None, :], held, 0)
+        valid, held = (m < rows)[:, None] & inside[None, :], inside[:, None] & (at < outputs)[None, :]
+        place = tl.load(positions + word[:, None] * outputs + at[None, :], held, 0)
         for s in tl.static_range(8):
-            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + n[None, :]
+            w_at = (s * count + word).to(tl.int64)[:, None] * outputs + at[None, :]
             a = tl.load(first + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
             b = tl.load(second + w_at, held, 0.0, eviction_policy="evict_first").to(tl.float32)
             low, high = (place >> (4 * s)) & 3, (place >> (4 * s + 2)) & 3
