@@ -53,9 +53,9 @@ def find_grid(
     weight, importance = weight.contiguous(), importance.contiguous()
     keep = None if keep is None else keep.contiguous()
     rows, inputs = weight.shape
-    scales = torch.empty(rows, inputs // group_size)
-    zeros = None if symmetric else torch.zeros(scales.shape, dtype=torch.int8)
-    tries = torch.tensor(shrinks, dtype=torch.float32)
+    scales = weight.new_empty(rows, inputs // group_size)
+    zeros = None if symmetric else torch.zeros_like(scales, dtype=torch.int8)
+    tries = weight.new_tensor(shrinks)
     held = (weight, keep, importance, scales, zeros, tries)
     item = _Grid(
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
