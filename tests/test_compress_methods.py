@@ -57,10 +57,16 @@ def test_parts_of_rows_make_the_whole(monkeypatch):
 def test_methods_in_order_of_what_they_lose():
     """Where inputs depend on each other; magnitude and HWPQ are near each other by construction."""
     weight, inputs = weights(), statistics()
+    power = inputs.output_power(weight)
+
+    def lost(made):
+        return inputs.output_power(dequantize(made) - weight) / power
+
     by_method = {
-        name: {item.weight.scheme: item.layer_error for item in methods.compress(name, weight, inputs, COMPRESSED)}
-        for name in methods.METHODS
+        name: {made.scheme: lost(made) for made in method(weight, inputs, COMPRESSED)}
+        for name, method in methods.METHODS.items()
     }
+    assert methods.compress("joint", weight, inputs, COMPRESSED[:1])[0].layer_error == by_method["joint"]["w8a8-int8"]
     for item in COMPRESSED:
         loss = {name: errors[item.name] for name, errors in by_method.items()}
         assert loss["joint"] < loss["wanda"]

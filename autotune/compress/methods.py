@@ -40,7 +40,7 @@ class Compressed:
 
     weight: GroupWeight
     method: str
-    layer_error: float | None  # of the group's output, squared and relative; None where no Hessian was taken
+    layer_error: float | None  # of the group's output, squared and relative; None where it was not measured
 
 
 def join(experts: Sequence[Compressed], powers: Sequence[float]) -> Compressed:
@@ -58,7 +58,8 @@ def join(experts: Sequence[Compressed], powers: Sequence[float]) -> Compressed:
 
 def compress(name: str, weight: torch.Tensor, inputs: InputStatistics, schemes: Sequence[Scheme]) -> list[Compressed]:
     """Compress a group's weights (out, in) fp32 by the named method, or by the best for each scheme (`AUTO`)."""
-    power = inputs.output_power(weight)
+    # Judging takes as long as the quick method itself, which is not compared with others.
+    power = None if name == QUICK else inputs.output_power(weight)
 
     def judged(method: str) -> list[Compressed]:
         made = METHODS[method](weight, inputs, schemes)
