@@ -25,6 +25,7 @@ from autotune.targets.detect import compiler, detect_cpu
 FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-march=native", "-w")
 _COMPILE_SECONDS = 120
+_prepared: dict[str, Path] = {}  # what `prepare` found, so that nothing is hashed twice
 
 
 def sources(name: str) -> list[Path]:
@@ -44,8 +45,9 @@ def prepare() -> None:
 
     def quietly(name: str) -> None:
         with suppress(DeviceError):
-            build(name)
+            _prepared[name] = build(name)
 
+    made_by()  # asks the compiler who it is: once, not in every thread
     with ThreadPoolExecutor() as pool:
         list(pool.map(quietly, libraries()))
 
@@ -57,7 +59,7 @@ def library(name: str) -> ctypes.CDLL:
     Raises:
         DeviceError: `kernel.compiler` when there is no compiler or it fails, with its first error.
     """
-    path = build(name)
+    path = _prepared.get(name) or build(name)
     try:
         _check_whole(path)
         return ctypes.CDLL(str(path))
