@@ -67,6 +67,16 @@ def library(name: str) -> ctypes.CDLL:
         raise DeviceError("kernel.compiler", f"{path} does not load: {error}.", "Delete it and try again.") from error
 
 
+@cache
+def available(name: str) -> bool:
+    """Whether the library can be built and loaded here."""
+    try:
+        library(name)
+    except DeviceError:
+        return False
+    return True
+
+
 def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
     """Compile unless the same sources, compiler, flags and CPU already have been; returns the library's path."""
     found = compiler()

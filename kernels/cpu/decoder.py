@@ -128,11 +128,7 @@ def attend(item: Layer, place: Place, tokens: Tokens, threads: int) -> None:
 
 def available() -> bool:
     """Whether the library can be built and loaded here."""
-    try:
-        build.library("decoder")
-    except DeviceError:
-        return False
-    return True
+    return build.available("decoder")
 
 
 @cache

@@ -36,14 +36,9 @@ class _Rows(ctypes.Structure):
     )
 
 
-@cache
 def available() -> bool:
     """False where nothing can be compiled."""
-    try:
-        _function()
-    except DeviceError:
-        return False
-    return True
+    return build.available("sweep")
 
 
 def sweep(formats: Sequence[Rows], upper: torch.Tensor, order: torch.Tensor) -> list[torch.Tensor]:
