@@ -18,6 +18,8 @@ signround         joint's mask and weights, then sign-gradient rounding
 wanda             Wanda's mask, then rounding to nearest with clipped scales
 hwpq              HWPQ's mask, then the same rounding
 magnitude         the largest weights, then the same rounding
+shipped           joint, then compressed again for its own inputs as finalists are, the better of the two on the search
+                  documents (`compression_shipped.py`); by default only beside peers
 
 `--peers` adds other packages where they are installed, each in the formats it has (`compression_peers.py`): auto-round,
 modelopt-sparsegpt, modelopt-awq. They leave the output matrix dense: `--keep-head` does so for all. They get the same
@@ -32,9 +34,11 @@ Written by `--json` (a list, one object a model):
         perplexity              of the compressed model
         over_joint              KL of this method minus that of joint, {mean, low, high}, paired by document; null for
                                 joint itself and where joint was not asked for
+        over_shipped            the same over what ships
         layer_error             mean over groups, and experts, of the outputs' squared relative error on documents set
                                 aside
         seconds                 compressing all groups in this format alone
+        taken                   of what ships, whether it was compressed again, or is joint's; else null
 """
 
 from __future__ import annotations
@@ -46,12 +50,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from compression_peers import PEERS, missing
 from compression_rivals import RIVALS, valued
+from compression_shipped import scheme_of, shipped
 from torch import nn
 
 from autotune import documents as texts
@@ -80,6 +85,7 @@ FORMATS = {
 EVERY = FORMATS | {item.name: item for item in (*SCHEMES, *MORE) if not item.is_dense}
 _OWN = ("gptq", "signround", "wanda", "hwpq", "magnitude")
 ALL = {"joint": METHODS["joint"], **RIVALS, **{name: METHODS[name] for name in _OWN}}
+SHIPPED = "shipped"
 
 
 class Stitched:
@@ -158,72 +164,115 @@ def interval(values: Sequence[float], tokens: Sequence[float]) -> dict[str, floa
     return {"mean": found.mean, "low": found.lower, "high": found.upper}
 
 
-def row(
-    method: str, name: str, found: Evaluation, joint: Evaluation | None, dense: float, made: tuple[float, float]
-) -> dict[str, Any]:
-    loss = interval(found.dnll, found.tokens)
-    apart = None
-    if joint is not None and method != "joint":
-        apart = interval([a - b for a, b in zip(found.kl, joint.kl, strict=True)], found.tokens)
-    return {
-        "method": method,
-        "format": name,
-        "kl_nats": interval(found.kl, found.tokens),
-        "dnll_nats": loss,
-        "perplexity": dense * math.exp(min(loss["mean"], 100.0)),
-        "over_joint": apart,
-        "layer_error": made[0],
-        "seconds": made[1],
-    }
+class Found(NamedTuple):
+    """What a method made of the model in one format."""
+
+    method: str
+    evaluation: Evaluation
+    layer_error: float
+    seconds: float
+    taken: bool | None = None
+
+
+def rows_of(name: str, found: Sequence[Found], dense: float) -> list[dict[str, Any]]:
+    """Of a format, differences paired by document."""
+    by_method = {item.method: item.evaluation for item in found}
+
+    def over(item: Found, other: str) -> dict[str, float] | None:
+        if other not in by_method or item.method == other:
+            return None
+        pairs = zip(item.evaluation.kl, by_method[other].kl, strict=True)
+        return interval([a - b for a, b in pairs], item.evaluation.tokens)
+
+    return [
+        {
+            "method": item.method,
+            "format": name,
+            "kl_nats": interval(item.evaluation.kl, item.evaluation.tokens),
+            "dnll_nats": (loss := interval(item.evaluation.dnll, item.evaluation.tokens)),
+            "perplexity": dense * math.exp(min(loss["mean"], 100.0)),
+            "over_joint": over(item, "joint"),
+            "over_shipped": over(item, SHIPPED),
+            "layer_error": item.layer_error,
+            "seconds": item.seconds,
+            "taken": item.taken,
+        }
+        for item in found
+    ]
+
+
+class Comparison:
+    """One model, compressed by one method after the other and measured on the same documents."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self.opened, self.tokenizer = open_model(str(folder)), load_tokenizer(folder)
+        self.source = texts.read(arguments.data, self.tokenizer, self.opened.vocabulary, self.opened.positions)
+        length = texts.MAX_DOCUMENT_TOKENS
+        self.calibration = texts.take(self.source.calibration, arguments.calibration, length)
+        self.held_out = texts.take(self.source.certification, arguments.tokens, length)
+        model, spec = load_model(self.opened, torch.float32), self.opened.spec
+        self.groups = tuple(group for group in spec.groups if not (arguments.keep_head and group.role == "lm_head"))
+        self.statistics = input_statistics(model, self.groups, self.calibration)
+        self.stitched = Stitched(model, replace(spec, groups=self.groups))
+        self.teacher = Teacher(cast(ReferenceModel, self.stitched), self.held_out, (1.0,))
+
+    def run(self, method: str, name: str) -> Found | None:
+        """A method, a peer or what ships; None where it has not this format, or not for this model."""
+        if method == SHIPPED:
+            return self._shipped(name)
+        if method in ALL:
+            error, seconds = compressed(self.stitched, method, EVERY[name], self.statistics)
+            return self._found(method, name, error, seconds)
+        if name not in PEERS[method][1] or any(group.experts > 1 for group in self.groups):
+            return None
+        copy = load_model(self.opened, torch.float32)
+        seconds = from_peer(self.stitched, method, name, copy, self.tokenizer, self.calibration)
+        return self._found(method, name, layer_error(self.stitched, self.statistics), seconds)
+
+    def _shipped(self, name: str) -> Found | None:
+        item = scheme_of(EVERY[name])
+        made = None if item is None else shipped(self.opened, item, self.groups, self.calibration, self.source)
+        if made is None:
+            return None
+        self.stitched.weights |= made.weights
+        error = layer_error(self.stitched, self.statistics)
+        return self._found(SHIPPED, name, error, made.seconds, made.taken)
+
+    def _found(self, method: str, name: str, error: float, seconds: float, taken: bool | None = None) -> Found:
+        found = self.teacher.measure({"all": f"{method} {name}"})  # it remembers what it measured last
+        self.stitched.select({})
+        return Found(method, found, error, seconds, taken)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    opened, tokenizer = open_model(str(folder)), load_tokenizer(folder)
-    source = texts.read(arguments.data, tokenizer, opened.vocabulary, opened.positions)
-    calibration = texts.take(source.calibration, arguments.calibration, texts.MAX_DOCUMENT_TOKENS)
-    held_out = texts.take(source.certification, arguments.tokens, texts.MAX_DOCUMENT_TOKENS)
-    model = load_model(opened, torch.float32)
-    groups = tuple(group for group in opened.spec.groups if not (arguments.keep_head and group.role == "lm_head"))
-    statistics = input_statistics(model, groups, calibration)
-    stitched = Stitched(model, replace(opened.spec, groups=groups))
-    teacher = Teacher(cast(ReferenceModel, stitched), held_out, (1.0,))
-    dense = teacher.perplexity()
-    rows = []
+    item = Comparison(folder, arguments)
+    dense, rows = item.teacher.perplexity(), []
+    methods = list(dict.fromkeys([*arguments.methods, *([SHIPPED] if arguments.peers else []), *arguments.peers]))
     for name in arguments.formats:
-        joint: Evaluation | None = None
-        for method in arguments.methods:
-            made = compressed(stitched, method, EVERY[name], statistics)
-            found = teacher.measure({"all": f"{method} {name}"})  # it remembers what it measured last
-            stitched.select({})
-            joint = found if method == "joint" else joint
-            rows.append(row(method, name, found, joint, dense, made))
-            print(line(rows[-1]), flush=True)
-        for peer in arguments.peers if all(group.experts == 1 for group in groups) else ():
-            if name not in PEERS[peer][1]:
-                continue
-            copy = load_model(opened, torch.float32)
-            seconds = from_peer(stitched, peer, name, copy, tokenizer, calibration)
-            found = teacher.measure({"all": f"{peer} {name}"})
-            stitched.select({})
-            rows.append(row(peer, name, found, joint, dense, (layer_error(stitched, statistics), seconds)))
-            print(line(rows[-1]), flush=True)
+        found: list[Found] = []
+        for method in methods:
+            if (made := item.run(method, name)) is not None:
+                found.append(made)
+                print(line(rows_of(name, found, dense)[-1]), flush=True)
+        rows += rows_of(name, found, dense)
     return {
-        "model": opened.spec.name,
-        "documents": source.name,
-        "tokens": sum(map(len, held_out)),
-        "calibration_tokens": sum(map(len, calibration)),
+        "model": item.opened.spec.name,
+        "documents": item.source.name,
+        "tokens": sum(map(len, item.held_out)),
+        "calibration_tokens": sum(map(len, item.calibration)),
         "dense_perplexity": dense,
-        "hardly_reached": sum(bool(item.note) for item in statistics.values()),
+        "hardly_reached": sum(bool(entry.note) for entry in item.statistics.values()),
         "rows": rows,
     }
 
 
 def line(item: Mapping[str, Any]) -> str:
-    kl, apart = item["kl_nats"], item["over_joint"]
+    kl = item["kl_nats"]
     text = f"{item['format']:14} {item['method']:16} KL {kl['mean']:.5f} ({kl['low']:.5f} to {kl['high']:.5f})"
     text += f"  perplexity {item['perplexity']:8.2f}  layer error {item['layer_error']:.5f}  {item['seconds']:5.1f} s"
-    if apart is not None:
-        text += f"  over joint {apart['mean']:+.5f} ({apart['low']:+.5f} to {apart['high']:+.5f})"
+    for name in ("joint", SHIPPED):
+        if (apart := item[f"over_{name}"]) is not None:
+            text += f"  over {name} {apart['mean']:+.5f} ({apart['low']:+.5f} to {apart['high']:+.5f})"
     return text
 
 
@@ -241,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.peers and not arguments.keep_head:
         parser.error("peers leave the output matrix dense: give --keep-head")
-    for given, known in ((arguments.methods, ALL), (arguments.formats, EVERY), (arguments.peers, PEERS)):
+    for given, known in ((arguments.methods, (*ALL, SHIPPED)), (arguments.formats, EVERY), (arguments.peers, PEERS)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if absent := {PEERS[name][0] for name in arguments.peers if missing(name)}:

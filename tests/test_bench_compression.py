@@ -24,8 +24,8 @@ def bench():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(BENCHMARKS))
-    sys.modules.pop("compression_rivals", None)
-    sys.modules.pop("compression_peers", None)
+    for name in ("compression_rivals", "compression_peers", "compression_shipped"):
+        sys.modules.pop(name, None)
 
 
 def test_experts_are_compressed_one_by_one(bench, tmp_path):
@@ -127,10 +127,30 @@ def test_another_packages_weights_are_judged_by_the_same_code(bench, models, tmp
     arguments += ["--formats", "int8", "--methods", "joint,wanda", "--peers", "auto-round", "--keep-head"]
     assert bench.main(arguments) == 0
     [written] = json.loads((tmp_path / "rows.json").read_text())
-    joint, wanda, peer = written["rows"]
-    assert [peer["method"], peer["format"]] == ["auto-round", "int8"]
+    joint, wanda, shipped, peer = written["rows"]
+    assert [row["method"] for row in written["rows"]] == ["joint", "wanda", "shipped", "auto-round"]
+    for row in (joint, wanda, peer):
+        apart = row["kl_nats"]["mean"] - shipped["kl_nats"]["mean"]
+        assert row["over_shipped"]["mean"] == pytest.approx(apart)
+    assert shipped["over_shipped"] is None and shipped["over_joint"]["low"] <= shipped["over_joint"]["high"]
     assert peer["kl_nats"]["mean"] == pytest.approx(wanda["kl_nats"]["mean"], rel=0.5)
     assert peer["over_joint"]["mean"] == pytest.approx(peer["kl_nats"]["mean"] - joint["kl_nats"]["mean"])
+
+
+def test_what_ships_is_compressed_again_where_that_loses_less(bench, models, tmp_path, monkeypatch):
+    import compression_shipped
+
+    data = tiny.write_documents(tmp_path / "data.jsonl", 24, 60)
+    call = [str(models("llama")), "--data", str(data), "--tokens", "300", "--calibration", "400"]
+    call += ["--formats", "w3a16-int3-g64", "--methods", "joint,shipped", "--json", str(tmp_path / "rows.json")]
+    assert bench.main(call) == 0
+    joint, shipped = json.loads((tmp_path / "rows.json").read_text())[0]["rows"]
+    assert shipped["taken"] and shipped["over_joint"]["mean"] < 0
+    monkeypatch.setattr(compression_shipped, "own_entries", lambda made, files, chosen: chosen)  # nothing is won
+    assert bench.main(call) == 0
+    joint, shipped = json.loads((tmp_path / "rows.json").read_text())[0]["rows"]
+    assert shipped["taken"] is False  # then it is joint's, as the database has it
+    assert shipped["kl_nats"]["mean"] == pytest.approx(joint["kl_nats"]["mean"], rel=1e-3)
 
 
 @pytest.mark.parametrize("extra", [["--keep-head"], []])
