@@ -24,6 +24,8 @@ LABELS = {
     "recompress": "compress finalists",
     "verify": "run finalists",
     "certify": "certify",
+    "gains": "train samples",
+    "short": "train candidates",
     "recover": "recover",
     "save": "save model",
     "report": "report",

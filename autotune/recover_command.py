@@ -61,25 +61,33 @@ def _check_certificate(run: Path, value: dict[str, Any]) -> None:
 
 
 def then_recover(run: Path, minutes: float, tune: Callable[[], None]) -> None:
-    """`autotune tune --recover MINUTES`: recovers also where the plan is not certified or nothing met the budget."""
+    """`autotune tune --recover MINUTES`: recovers also where the plan is not certified or nothing met the budget. Where
+    training promises nothing better than a certified plan, that is no error."""
     from autotune.errors import InfeasibleError, UsageError, VerificationError
 
     if not minutes > 0:
         raise UsageError("recover.budget", f"--recover {minutes} is not a budget.", "Give minutes above zero.")
+    certified = True
     try:
         tune()
     except (InfeasibleError, VerificationError) as error:
         if not (run / "front.json").is_file():  # nothing was searched
             raise
+        certified = False
         console.print(f"{error.code}: {error.message}", markup=False)
-    recover(run, minutes=minutes, point="searched")
+    try:
+        recover(run, minutes=minutes, point="searched")
+    except InfeasibleError as error:
+        if not certified:
+            raise
+        console.print(f"{error.code}: {error.message} The plan stands. {error.hint}", markup=False)
 
 
 def _say_price(run: Path, minutes: float | None, tokens: int) -> None:
     """What it takes at most, before it begins."""
     from autotune.config import RunConfig
     from autotune.recover.gains import kinds
-    from autotune.recover.searched import price
+    from autotune.recover.searched import again, price
     from autotune.search_space.schemes import SCHEMES
 
     wanted = list(RunConfig.load(run / "config.yaml").schemes or ("default",))
@@ -87,8 +95,10 @@ def _say_price(run: Path, minutes: float | None, tokens: int) -> None:
         wanted.remove("default")
         wanted += [item.name for item in SCHEMES]
     count = len(kinds(wanted))
-    training = f"{price(tokens, count):,.0f} tokens" if minutes is None else f"{price(minutes, count):.0f} min"
-    console.print(f"up to {training} of training in all, {count} kinds of scheme to measure; then it is certified")
+    said = "{:,.0f} tokens" if minutes is None else "{:.0f} min"
+    training, more = (said.format(of) for of in (price(minutes or tokens, count), again(minutes or tokens)))
+    console.print(f"up to {training} of training in all, {count} kinds of scheme to measure, then it is certified;")
+    console.print(f"{more} more where none of the first candidates fits")
 
 
 def _print(run: Path, value: dict[str, Any]) -> None:
@@ -102,6 +112,9 @@ def _print(run: Path, value: dict[str, Any]) -> None:
     kept = search["kl_nats"] / search["kl_nats_before"] if search["kl_nats_before"] else 1.0
     before, after = search["kl_nats_before"], search["kl_nats"]
     console.print(f"KL to dense on the search documents {before:.5f} -> {after:.5f} nats, {kept:.0%} of it is left")
+    if value["promise"]:
+        held = "within" if value["promise"]["holds"] else "OUTSIDE"
+        console.print(f"promised {_between(value['promise'])}: measured {held} the interval")
     loss = certificate["loss"]
     bounds = f"loss {loss['mean']:.5f}, at most {loss['upper']:.5f} (95%), budget {certificate['limit']:.5f}"
     console.print(f"{certificate['statement']}: {bounds}")
@@ -120,13 +133,22 @@ def _print(run: Path, value: dict[str, Any]) -> None:
 
 def _print_search(found: dict[str, Any]) -> None:
     for item in found["factors"]:
-        measured, end = f"{item['left']:.0%} ({item['low']:.0%} to {item['high']:.0%})", item["at_budget"]["left"]
-        console.print(f"{item['kind']}: {measured} of the loss left after {item['steps']} steps, {end:.0%} expected")
+        sets = " and ".join(f"{one['left']:.0%}" for one in item["sets"])
+        end, corrected = (_between(item[key], "{:.0%}") for key in ("at_budget", "corrected"))
+        console.print(f"{item['kind']}: {sets} of the loss left after {item['steps']} steps, {end} promised by the end")
+        console.print(f"  {corrected} by what candidates were left with")
     console.print(f"the plan takes {found['plan_latency_ms']:.3g} ms")
     if found["noisy"]:
         console.print(f"note: {found['noisy']}")
     for item in found["candidates"]:
         losses = f"one-shot {item['one_shot_nats']:.5f}, after {found['short_steps']} steps {item['short_nats']:.5f}"
-        promised = f"(promised {item['short_promised_nats']:.5f}), by the end {item['expected_nats']:.5f} nats"
+        losses += f" (promised {_between(item['short_promised'])})"
         mark = ": taken" if item["chosen"] else ""
-        console.print(f"{item['name']}: {item['latency_ms']:.3g} ms, KL {losses} {promised}{mark}")
+        end = f"by the end {_between(item['expected'])} nats (promised {_between(item['promised'])})"
+        console.print(f"{item['name']}: {item['latency_ms']:.3g} ms, KL {losses}, {end}{mark}")
+
+
+def _between(promise: dict[str, float], form: str = "{:.5f}") -> str:
+    """With its interval: a promise in nats, or a share."""
+    middle, low, high = (form.format(promise[key]) for key in ("nats" if "nats" in promise else "left", "low", "high"))
+    return f"{middle} ({low} to {high})"

@@ -17,7 +17,7 @@ from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.models import Models
-from autotune.recover.offer import offer, to_json
+from autotune.recover.offer import offer, offers, to_json
 from autotune.result import Result
 from autotune.run import Reporter, RunFolder, silent
 from autotune.session import Session, open_session
@@ -112,10 +112,11 @@ def _points(result: Result, models: Models) -> tuple[finalists.Point, ...]:
     try:
         return tuple(finalists.pick_points(result.session, result.problem, result.front))
     except InfeasibleError as error:
-        found = offer(result, models)
-        if found is None:
+        found = offers(result, models)
+        if not found:
             raise
-        raise InfeasibleError(error.code, error.message, f"{error.hint} Or: {found.sentence}") from error
+        hint = " Or: ".join([error.hint, *(item.sentence for item in found)])
+        raise InfeasibleError(error.code, error.message, hint) from error
 
 
 def _save_model(result: Result, models: Models) -> None:

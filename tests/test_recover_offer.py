@@ -11,7 +11,8 @@ import tiny
 from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.recover import offer as module
-from autotune.recover.offer import offer
+from autotune.recover.offer import offer, offers
+from autotune.score import LossRow, LossTable
 from autotune.tune import tune
 
 MEASURE = module._tokens_per_second  # before tests put a constant in its place
@@ -88,14 +89,68 @@ def test_a_run_whose_plan_is_fast_and_certified_says_nothing_false(finished):
     assert found is None or 1 < found["over"] <= module.REACH
 
 
-def test_where_nothing_meets_the_budget_the_error_names_the_way_out(home, monkeypatch):
-    monkeypatch.setattr(module, "REACH", 1e9)
-    settings = tiny.settings(home / "model", home / "tight", home / "data.jsonl", max_loss=1e-5, trials=4)
+def infeasible(home, name, **settings):
+    """What `tune` says where nothing meets the budget; a speed is asked for, since dense loses nothing."""
+    values = tiny.settings(home / "model", home / name, home / "data.jsonl", trials=4)
     with pytest.raises(InfeasibleError) as error:
-        tune(RunConfig.of(**settings, max_memory_bytes=150_000))
+        tune(RunConfig.of(**(values | settings)))
     assert error.value.code == "search.infeasible"
-    if "bytes" not in error.value.message:
-        assert "--point nearest" in error.value.hint and "tokens/s" in error.value.hint
+    return error.value
+
+
+SPARSE = ("w8a16-int8", "2:4+w4a8-int4-g64")
+
+
+def test_where_nothing_meets_the_budget_the_error_names_both_ways_out(home):
+    error = infeasible(home, "tight", schemes=SPARSE, min_speedup=7.5, max_loss=0.6)
+    nearest, searched = error.hint.split(" Or: ")[1:]
+    assert "--point nearest " in nearest and f"({module.TOKENS:,} tokens" in nearest
+    assert "--point searched " in searched and f"({round(module.price(module.TOKENS, 1)):,} tokens" in searched
+    assert "The nearest that training helps loses" in searched and "tokens/s" in searched
+
+
+def test_a_search_is_offered_where_the_nearest_is_too_slow(home):
+    error = infeasible(home, "slow", schemes=SPARSE, min_speedup=7.5, max_loss=0.5)
+    (searched,) = error.hint.split(" Or: ")[1:]
+    assert "--point searched" in searched
+
+
+def test_schemes_that_left_for_their_loss_are_offered_a_search(finished):
+    limit = finished.session.search_limit
+    dense = next(c for c in finished.front.candidates if c.genotype == finished.problem.dense)
+    front = replace(finished.front, candidates=(dense,), pareto=(0,))
+    rows = [LossRow("a", "2:4", n * limit, 0.0, n * limit, "fisher") for n in (0.5, 5.0, 2.0, 2.5)]
+    result = replace(finished, chosen=None, front=front, losses=LossTable(tuple(rows)))
+    (found,) = offers(result, None)
+    assert (found.point, found.name, found.over) == ("searched", "2:4 in a alone", pytest.approx(2.0))
+    assert offers(replace(result, losses=LossTable(tuple(rows[:2]))), None) == ()
+
+
+def test_where_training_helps_nothing_no_search_is_offered(home, monkeypatch):
+    monkeypatch.setattr(module, "REACH", 1e9)
+    error = infeasible(home, "eight", schemes=("w8a16-int8",), min_speedup=7.5, max_loss=0.5)
+    assert "--point searched" not in error.hint
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_tune_with_recovery_that_finds_nothing_better_keeps_a_certified_plan(certified, tmp_path, monkeypatch, capsys):
+    from autotune import recover_command
+
+    def tuned():
+        (tmp_path / "front.json").touch()
+        if not certified:
+            raise InfeasibleError("search.infeasible", "no configuration meets the budget.")
+
+    def nothing(*_, **__):
+        raise InfeasibleError("recover.no_candidate", "training promises nothing.", "Give more.")
+
+    monkeypatch.setattr(recover_command, "recover", nothing)
+    if certified:
+        recover_command.then_recover(tmp_path, 1.0, tuned)
+        assert "The plan stands." in capsys.readouterr().out
+    else:
+        with pytest.raises(InfeasibleError, match="training promises nothing"):
+            recover_command.then_recover(tmp_path, 1.0, tuned)
 
 
 def test_the_price_is_measured():

@@ -284,7 +284,7 @@ def test_tune_goes_on_to_a_searched_recovery(call, home, monkeypatch):
     command = ["tune", home / "model", "--out", home / "run", "--recover"]
     code, out, err = call(*command, "10")
     assert code == 0, err
-    assert "certify.not_certified" in out and "20 min of training in all" in out
+    assert "certify.not_certified" in out and "25 min of training in all" in out
     assert [(item.point, item.minutes) for item in asked] == [("searched", 10.0)]
     assert call(*command, "0")[0] == 2 and len(asked) == 1
 

@@ -15,9 +15,10 @@ from autotune.config import RunConfig
 from autotune.errors import InfeasibleError
 from autotune.plan import Plan
 from autotune.recover import gains, searched, training
-from autotune.recover.gains import Factor, Gain, Probe, factors, kind_of, probes
+from autotune.recover.gains import Factor, Gain, Probe, Share, factors, kind_of, probes
 from autotune.recover.job import SEARCHED, Options
-from autotune.recover.prices import TABLE, Prices, prices
+from autotune.recover.outcome import correction
+from autotune.recover.prices import TABLE, Prices, prices, promise
 from autotune.recover.run import recover
 from autotune.report.recovered import redraw
 from autotune.score import LossRow, LossTable
@@ -43,23 +44,28 @@ def test_kinds_are_patterns_and_bits():
     assert kind_of("w8a8-int8") == kind_of("bf16") == ""
 
 
-def test_representatives_are_the_middle_and_the_loudest_of_every_role_under_what_nothing_beats():
+def test_sets_are_what_would_be_chosen_within_the_budget_and_three_times_it():
     fast, safe, beaten = "2:4+w4a8-int4-g64", "w8a8-int8", "2:4"
     groups = [
-        group(
-            f"{layer}.{role}", role, layer, option(fast, 2.0, loud), option(safe, 5.0, 1e-4), option(beaten, 6.0, 0.1)
-        )
-        for layer, loud in enumerate((0.9, 0.2, 0.3, 0.1))
-        for role in ("qkv", "down")
+        group(f"{n}.qkv", "qkv", n, option(fast, 2.0, loud), option(safe, 5.0, 1e-4), option(beaten, 6.0, 0.1))
+        for n, loud in enumerate((0.9, 0.2, 0.3, 0.1))
     ]
-    (probe,) = probes(Problem(tuple(groups), 0.0, 0))
-    assert probe.kind == SPARSE  # 8 bits are not worth it, and 2:4 alone is beaten at both
-    assert dict(probe.chosen) == {f"{n}.{role}": fast for n in (2, 0) for role in ("qkv", "down")}
+    large, small = probes(Problem(tuple(groups), 0.0, 0), 0.25)
+    assert large.kind == small.kind == SPARSE  # 8 bits are not worth it, and 2:4 alone is beaten at both
+    assert dict(large.chosen) == {f"{n}.qkv": fast for n in (1, 2, 3)}  # 0.6 of 0.75
+    assert len(small.chosen) == 1 and {small.chosen[0][0]} <= {"1.qkv", "3.qkv"}  # 0.1 or 0.2 of 0.25
+    (all_of_them,) = probes(Problem(tuple(groups), 0.0, 0), 2.0)
+    assert len(all_of_them.chosen) == 4
+    (quietest,) = probes(Problem(tuple(groups), 0.0, 0), 0.01)  # none of them is within it
+    assert dict(quietest.chosen) == {"3.qkv": fast}
 
 
-def gain(steps, left, documents=6):
+LARGE, SMALL = (Probe(SPARSE, tuple((name, "2:4") for name in names)) for names in ("ab", "a"))
+
+
+def gain(steps, left, probe=LARGE, documents=6):
     before = np.random.default_rng(0).uniform(1.0, 2.0, documents)
-    return Gain(Probe(SPARSE, (("a", "2:4"),)), steps, 100.0, tuple(before), tuple(before * left))
+    return Gain(probe, steps, 100.0, tuple(before), tuple(before * left))
 
 
 def test_a_factor_is_the_share_left_and_falls_with_a_power_of_the_steps():
@@ -68,9 +74,18 @@ def test_a_factor_is_the_share_left_and_falls_with_a_power_of_the_steps():
     power = np.log(0.9 / 0.75) / np.log(4)
     assert factor.at(512)[0] == pytest.approx(0.75 * 8**-power)
     assert factor.at(64)[0] == factor.at(16)[0] == pytest.approx(0.75)
+    assert factor.at(512)[1] == pytest.approx(0.75 * 8**-gains.STEEPEST)  # the lower end falls as steeply as can be
     assert factor.at(512)[2] == factor.high  # the upper end is what was measured
     assert factors([gain(16, 0.5), gain(64, 0.1)])[0].power == gains.STEEPEST
     assert factors([gain(16, 0.9), gain(64, 1.1)])[0].power == 0.0
+    assert factors([gain(1, 0.9)])[0].power == 0.0
+
+
+def test_a_factor_spans_what_its_sets_differ_by():
+    (factor,) = factors([gain(16, 0.9), gain(64, 0.72), gain(64, 0.98, SMALL)])
+    assert [item.left for item in factor.sets] == pytest.approx([0.72, 0.98])
+    assert factor.left == pytest.approx((0.72 * 0.98) ** 0.5)
+    assert (factor.low, factor.high) == pytest.approx((0.72, 0.98), abs=1e-6)
 
 
 def test_the_interval_is_over_documents():
@@ -80,8 +95,30 @@ def test_the_interval_is_over_documents():
     assert factor.low < 0.72 and factor.high > 0.78
 
 
+def test_candidates_correct_the_factors():
+    found = correction([0.011, 0.012, 0.0105], [0.01, 0.01, 0.01])
+    assert (found.low, found.high) == pytest.approx((1.05, 1.2)) and 1.05 < found.ratio < 1.2
+    (factor,) = found.of([Factor(SPARSE, (), 64, 0.6, 0.5, 0.7, 0.2)])
+    assert (factor.left, factor.low, factor.high) == pytest.approx((0.6 * found.ratio, 0.5, 0.84))
+    assert correction([], []).ratio == correction([0.1], [0.0]).ratio == 1.0
+
+
+def test_a_promise_for_a_plan_weighs_its_rows():
+    sparse, dense = "2:4+w4a8-int4-g64", "w8a8-int8"
+    rows = (
+        LossRow("a", sparse, 0.3, 0.2, 0.4, "fisher"),
+        LossRow("b", dense, 0.1, 0.0, 0.2, "fisher"),
+        LossRow("b", sparse, 9.0, 8.0, 10.0, "fisher"),  # not chosen
+    )
+    factor = Factor(SPARSE, (), 64, 0.6, 0.5, 0.8, 0.0)
+    found = promise(2.0, {"a": sparse, "b": dense, "c": "bf16"}, LossTable(rows), [factor], 64)
+    shares = [(0.3 * left + 0.1) / 0.4 for left in (0.6, 0.5, 0.8)]
+    assert (found.nats, found.low, found.high) == pytest.approx(tuple(2.0 * share for share in shares))
+    assert promise(2.0, {}, LossTable(rows), [factor], 64).nats == 2.0
+
+
 def test_a_price_is_the_loss_times_the_factor_and_its_bounds_take_the_factors_in():
-    factor = Factor(SPARSE, (), 1.0, 64, 0.6, 0.5, 0.7, 0.2)
+    factor = Factor(SPARSE, (Share(SMALL, 1.0, 0.6, 0.5, 0.7),), 64, 0.6, 0.5, 0.7, 0.2)
     rows = (
         LossRow("a", "2:4+w4a8-int4-g64", 0.1, 0.08, 0.12, "fisher"),
         LossRow("a", "w8a8-int8", 0.01, 0.0, 0.02, "fisher"),
@@ -148,8 +185,11 @@ def test_the_search_takes_2_4_where_it_is_recovered(found, home):
 
 def test_factors_come_from_training(found):
     (sparse,) = (item for item in found["searched"]["factors"] if item["kind"] == SPARSE)
-    assert sparse["left"] < 0.95 and sparse["high"] < 1.0
+    assert sparse["low"] <= sparse["left"] <= sparse["high"] < 1.0 and sparse["left"] < 0.95
     assert sparse["at_budget"]["left"] <= sparse["left"]
+    assert len(sparse["sets"][0]["groups"]) >= len(sparse["sets"][-1]["groups"])
+    ratio = found["searched"]["correction"]
+    assert sparse["corrected"]["left"] == pytest.approx(sparse["at_budget"]["left"] * ratio["ratio"])
     assert sparse["steps"] == found["searched"]["short_steps"] == STEPS / 8
 
 
@@ -157,13 +197,27 @@ def test_candidates_are_measured_and_the_final_loss_is_of_the_one_taken(found):
     rows = found["searched"]["candidates"]
     assert 1 <= len(rows) <= searched.TRIED and sum(item["chosen"] for item in rows) == 1
     for row in rows:
-        assert row["promised_nats"] < row["one_shot_nats"]
+        assert row["promised"]["nats"] < row["one_shot_nats"]
         assert row["short_nats"] < row["one_shot_nats"]  # training helped
-        left = row["promised_nats"] / row["short_promised_nats"]
-        assert row["expected_nats"] == pytest.approx(row["short_nats"] * left)
+        left = row["promised"]["nats"] / row["short_promised"]["nats"]
+        assert row["expected"]["nats"] == pytest.approx(row["short_nats"] * left)
+        assert row["expected"]["low"] <= row["expected"]["nats"] <= row["expected"]["high"] == row["short_nats"]
+    ratios = [row["short_nats"] / row["short_promised"]["nats"] for row in rows]
+    found_ratio = found["searched"]["correction"]
+    assert (found_ratio["low"], found_ratio["high"]) == pytest.approx((min(ratios), max(ratios)))
     (taken,) = (item for item in rows if item["chosen"])
     assert found["search_documents"]["kl_nats_before"] == pytest.approx(taken["one_shot_nats"], rel=1e-3)
     assert found["search_documents"]["kl_nats"] < taken["short_nats"]
+    measured, promised = found["search_documents"]["kl_nats"], taken["promised"]
+    assert found["promise"] == promised | {"holds": promised["low"] <= measured <= promised["high"]}
+
+
+def test_the_table_is_corrected_by_what_candidates_were_left_with(found, home):
+    (sparse,) = (item for item in found["searched"]["factors"] if item["kind"] == SPARSE)
+    rows = [row for row in Prices.from_csv((home / "run" / TABLE).read_text()).rows if kind_of(row.scheme) == SPARSE]
+    assert rows
+    for row in rows:
+        assert row.recovered_nats == pytest.approx(row.loss_nats * sparse["corrected"]["left"])
 
 
 def test_the_same_again_does_nothing(found, home, monkeypatch):
@@ -216,7 +270,7 @@ def test_a_lying_factor_is_overruled(found, home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train", useless_at_first)
     monkeypatch.setattr(gains.Probing, "measure", lambda *_: ())
-    monkeypatch.setattr(searched, "factors", lambda _: (Factor(SPARSE, (), 1.0, 32, 0.01, 0.01, 0.02, 0.0),))
+    monkeypatch.setattr(searched, "factors", lambda _: (Factor(SPARSE, (), 32, 0.01, 0.01, 0.02, 0.0),))
     try:
         rows = recover(run, options(home))["searched"]["candidates"]
     except InfeasibleError as error:
@@ -224,8 +278,31 @@ def test_a_lying_factor_is_overruled(found, home, tmp_path, monkeypatch):
         assert json.loads((run / "recovered" / "recovery.json").read_text()) == found  # as it was
         return
     fastest = min(rows, key=lambda item: item["latency_ms"])
-    assert fastest["short_nats"] == pytest.approx(100 * fastest["short_promised_nats"])
+    assert fastest["short_nats"] == pytest.approx(100 * fastest["short_promised"]["nats"])
     assert not fastest["chosen"] and any(item["chosen"] for item in rows)
+
+
+def test_where_no_candidate_fits_the_search_runs_again_at_corrected_prices(found, home, tmp_path, monkeypatch):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    shutil.rmtree(run / "recovered")
+    once, asked = searched.SearchedRecovery._round, []
+
+    def unfit_at_first(self, wanted):
+        asked.append(wanted)
+        made = once(self, wanted)
+        return replace(made, best=made.tried[0] if wanted.name else None)
+
+    monkeypatch.setattr(searched.SearchedRecovery, "_round", unfit_at_first)
+    value = recover(run, options(home))["searched"]
+    first, second = asked
+    ratio = value["candidates"][0]["short_nats"] / value["candidates"][0]["short_promised"]["nats"]
+    before, after = ({item.kind: item.left for item in one.factors}[SPARSE] for one in asked)
+    assert first.tried == () and len(second.tried) == len(found["searched"]["candidates"])
+    assert after == pytest.approx(before * found["searched"]["correction"]["ratio"])
+    assert ratio == pytest.approx(found["searched"]["correction"]["ratio"])
+    tried = [tuple(item["schemes"].items()) for item in value["candidates"]]
+    assert len(tried) == len(set(tried)) >= len(second.tried)  # nothing is trained twice
+    assert (run / "recovered_front_again.json").is_file()
 
 
 def test_the_report_shows_the_column_and_what_was_tried(found, home):

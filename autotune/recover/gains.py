@@ -1,16 +1,18 @@
-"""What training wins back of the loss: for each kind of scheme a few groups are trained together, all others dense.
+"""What training wins back of the loss: for each kind of scheme, groups as a plan would have them are trained together.
 
-A kind is a pattern and the bits of its weights. Its representatives are, of every role, the group in the middle and the
-one that loses most, each under the fastest scheme of that kind that no other scheme of the group beats at both time and
-loss: the rest would not be chosen for what training does to it. What is left of their KL to the dense model on the
-search documents, which training never sees, is the `Factor` of that kind. Schemes of 8 bits and more lose too little to
-be worth it; what was not measured has the factor 1.
+A kind is a pattern and the bits of its weights. Of its options only those count that no other scheme of the group beats
+at both time and loss: the rest would not be chosen for what training does to it. How much of a loss is left depends on
+which groups are trained and with which others, for they make up for each other's errors: of one group between 75 and
+89%, of all together less than of most alone (docs/measured.md). So what is trained is what would be chosen: the fastest
+configuration of that kind and dense alone whose losses sum to at most three times the budget, and the one within the
+budget. What is left of their KL to the dense model on the search documents, which training never sees, is the `Factor`
+of that kind: the mean of both shares. Its interval spans those of both: what two sets of groups differ by, a third may
+too. Schemes of 8 bits and more lose too little to be worth it; what was not measured has the factor 1.
 
-Representatives are trained together because plans are: groups make up for each other's errors, and gain several times
-what one of them gains alone in as many steps (docs/measured.md). Each kind is trained twice, for `SHORT` of the budget
-and for a quarter of that: KL falls with a power of the tokens (0.24 on the demo model, from 131
-thousand to a million), and the two give its exponent, by which the factor at the whole budget is extrapolated. The
-upper end of its interval is not: it supposes that nothing more is gained.
+Sets are trained for `SHORT` of the budget, the larger also for a quarter of that: KL falls with a power of the tokens
+(0.24 on the demo model, from 131 thousand to a million), and the two give its exponent, by which the factor at the
+whole budget is extrapolated. The interval there is wider: its upper end supposes that nothing more is gained, its lower
+that KL goes on to fall as steeply as was ever seen.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ from autotune.recover.quantizer import Master
 from autotune.recover.student import Student
 from autotune.recover.texts import Sequences
 from autotune.result import Result
+from autotune.search.knapsack import solve
 from autotune.search.problem import GroupOptions, Option, Problem
 from autotune.search_space.schemes import scheme
 from autotune.store import digest
 
-VERSION = "gains/1"  # part of every key; change it whenever the numbers would change
+VERSION = "gains/2"  # part of every key; change it whenever the numbers would change
 FEW_BITS = 4  # of a weight: from there down a scheme's loss is worth training, or where it is sparse
 SHORT = 1 / 8  # of the budget's steps: what representatives are trained for
 EARLIER = 1 / 4  # of that: where the other point of the power law is
 STEEPEST = 0.25  # exponent; a steeper start is not taken to go on
+SIZES = (3.0, 1.0)  # times the budget, that the sets' losses sum to at most
 _LEAST = 1e-6  # share left that still has a logarithm
 
 
@@ -64,13 +68,23 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a set of groups was left with of its one-shot loss, with the 95% interval paired over documents."""
+
+    probe: Probe
+    before_nats: float
+    left: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Factor:
-    """The share of its one-shot loss that a kind of scheme is left with after `steps`, with the 95% interval paired
-    over documents, and the power of the steps by which it falls from there."""
+    """The share of its one-shot loss that a kind of scheme is left with after `steps`, with an interval, and the power
+    of the steps by which it falls from there."""
 
     kind: str
-    chosen: tuple[tuple[str, str], ...]
-    before_nats: float
+    sets: tuple[Share, ...]  # what was measured, the larger set first
     steps: int
     left: float
     low: float
@@ -79,8 +93,12 @@ class Factor:
 
     def at(self, steps: int) -> tuple[float, float, float]:
         """(share left, low, high) after so many steps, at least those measured."""
-        more = (self.steps / max(steps, self.steps)) ** self.power
-        return self.left * more, self.low * more, self.high
+        part = self.steps / max(steps, self.steps)
+        return self.left * part**self.power, self.low * part**STEEPEST, self.high
+
+    def scaled(self, ratio: float, low: float, high: float) -> Factor:
+        """Where whole plans were left with so many times what this promised, by candidates' least and most."""
+        return replace(self, left=self.left * ratio, low=self.low * min(1.0, low), high=self.high * max(1.0, high))
 
 
 def kind_of(name: str) -> str:
@@ -96,20 +114,33 @@ def kinds(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for name in names if (kind := kind_of(name))))
 
 
-def probes(problem: Problem) -> tuple[Probe, ...]:
-    """What is trained, the kind with most groups first."""
+def probes(problem: Problem, limit_nats: float) -> tuple[Probe, ...]:
+    """What is trained: of each kind a set or two, the larger first; the kind with most groups comes first.
+
+    Args:
+        limit_nats: the loss that a plan may have.
+    """
     groups = [group for group in problem.groups if group.name != GROUP]
     worth = {group.name: _worth(group) for group in groups}
     made = []
     for kind in kinds(option.scheme for options in worth.values() for option in options.values()):
-        having = [group for group in groups if kind in worth[group.name]]
-        taken: dict[str, str] = {}
-        for role in dict.fromkeys(group.role for group in having):
-            own = [group.name for group in having if group.role == role]
-            loudest = max(own, key=lambda name: worth[name][kind].loss_nats)
-            taken |= {name: worth[name][kind].scheme for name in (own[len(own) // 2], loudest)}
-        made.append(Probe(kind, tuple(taken.items())))
-    return tuple(sorted(made, key=lambda probe: -len(probe.chosen)))
+        pairs = [(group.options[0], worth[group.name][kind]) for group in groups if kind in worth[group.name]]
+        names = [group.name for group in groups if kind in worth[group.name]]
+        sets = (_planned(names, pairs, size * limit_nats) for size in SIZES)
+        made.append([Probe(kind, chosen) for chosen in dict.fromkeys(sets)])
+    made.sort(key=lambda sets: -len(sets[0].chosen))
+    return tuple(probe for sets in made for probe in sets)
+
+
+def _planned(names: Sequence[str], pairs: Sequence[tuple[Option, Option]], limit: float) -> tuple[tuple[str, str], ...]:
+    """(group, scheme) of the fastest configuration of (dense, compressed) options within a loss; at least one group."""
+    latencies = [[option.latency_us for option in pair] for pair in pairs]
+    losses = [[0.0, max(pair[1].loss_nats, 0.0)] for pair in pairs]
+    taken = solve(latencies, losses, limit)
+    if not any(taken):
+        quietest = min(range(len(pairs)), key=lambda place: losses[place][1])
+        taken = tuple(int(place == quietest) for place in range(len(pairs)))
+    return tuple((name, pair[1].scheme) for name, pair, index in zip(names, pairs, taken, strict=True) if index)
 
 
 def _worth(group: GroupOptions) -> dict[str, Option]:
@@ -125,26 +156,34 @@ def _worth(group: GroupOptions) -> dict[str, Option]:
 
 
 def factors(gains: Sequence[Gain]) -> tuple[Factor, ...]:
-    """One a kind, from its two gains, the shorter training first."""
+    """One a kind, from the gains of its sets; the power is by the set that was also trained for fewer steps."""
     made = []
-    for probe in dict.fromkeys(gain.probe for gain in gains):
-        early, late = (gain for gain in gains if gain.probe == probe)
-        (left, low, high), sooner = _left(late), _left(early)[0]
-        span = math.log(late.steps / early.steps) if late.steps > early.steps else math.inf
-        fall = math.log(max(sooner, _LEAST) / max(left, _LEAST))
-        power = min(max(fall / span, 0.0), STEEPEST)
-        before = sum(late.before) / late.tokens
-        made.append(Factor(probe.kind, probe.chosen, before, late.steps, left, low, high, power))
+    for kind in dict.fromkeys(gain.probe.kind for gain in gains):
+        own = [gain for gain in gains if gain.probe.kind == kind]
+        steps = max(gain.steps for gain in own)
+        sets = tuple(_share(gain) for gain in own if gain.steps == steps)
+        left = math.exp(sum(math.log(max(item.left, _LEAST)) for item in sets) / len(sets))
+        low, high = min(item.low for item in sets), max(item.high for item in sets)
+        made.append(Factor(kind, sets, steps, left, low, high, _power(own, steps)))
     return tuple(made)
 
 
-def _left(gain: Gain) -> tuple[float, float, float]:
+def _power(gains: Sequence[Gain], steps: int) -> float:
+    for early in (gain for gain in gains if gain.steps < steps):
+        late = next(gain for gain in gains if gain.probe == early.probe and gain.steps == steps)
+        fall = math.log(max(_share(early).left, _LEAST) / max(_share(late).left, _LEAST))
+        return min(max(fall / math.log(steps / early.steps), 0.0), STEEPEST)
+    return 0.0  # too few steps to be trained for a quarter of them
+
+
+def _share(gain: Gain) -> Share:
     """KL after over before, with its interval."""
     before, after = np.asarray(gain.before), np.asarray(gain.after)
+    nats = float(before.sum()) / gain.tokens
     if not before.sum() > 0:
-        return 1.0, 1.0, 1.0
+        return Share(gain.probe, nats, 1.0, 1.0, 1.0)
     found = bound(after, before, 0.025, 0)
-    return found.mean, max(0.0, found.lower), found.upper
+    return Share(gain.probe, nats, found.mean, max(0.0, found.lower), found.upper)
 
 
 class Probing:
@@ -166,8 +205,11 @@ class Probing:
         return Bench(self.result.session, self.device)
 
     def measure(self, steps: int, progress: Callable[[int, int, str], None]) -> tuple[Gain, ...]:
-        """Every probe trained for a quarter of `steps` and for all of them, each time from the start."""
-        wanted = [(probe, n) for probe in self.probes for n in (max(1, round(steps * EARLIER)), steps)]
+        """Every probe trained for `steps`, the first of each kind also for a quarter of them, each from the start."""
+        first = {probe.kind: probe for probe in reversed(self.probes)}
+        earlier = max(1, round(steps * EARLIER))
+        counts = {probe: (earlier, steps) if first[probe.kind] is probe else (steps,) for probe in self.probes}
+        wanted = [(probe, count) for probe in self.probes for count in dict.fromkeys(counts[probe])]
         memo = self.result.session.folder.memo()
         gains = []
         try:
@@ -186,7 +228,7 @@ class Probing:
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
         assert self.result.problem is not None
-        return probes(self.result.problem)
+        return probes(self.result.problem, self.result.session.search_limit)
 
     def _key(self, probe: Probe, steps: int) -> str:
         session, database = self.result.session, self.result.database

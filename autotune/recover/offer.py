@@ -1,16 +1,20 @@
 """What `autotune tune` offers when a budget is missed by up to three times: a command that may mend it, and its price.
 
-Offered are, in this order: the nearest configuration where none met the budget; the plan where it was not certified;
-and, where a measured point is clearly faster than the plan and its loss alone is too high, a search with what training
-wins back, which may find that point or a better one within the budget.
+Where no configuration met the budget, offered are the nearest, and a search with what training wins back, if something
+measured misses by its loss alone and has schemes that training helps; each with its price. Else the plan where it was
+not certified; or, where a measured point is clearly faster than the plan and its loss alone is too high, the search,
+which may find that point or a better one within the budget.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.compress.database import scheme_of
+from autotune.decide import of_layers
 from autotune.finalists import front_ratio, nearest_candidate, search_budget
 from autotune.models import Models
 from autotune.recover.gains import kinds
@@ -59,31 +63,66 @@ Found = tuple[str | None, str, float, float | None]  # point, name, over, faster
 
 
 def offer(result: Result, models: Models) -> Offer | None:
-    """The offer for a run that has reached its choice, or found nothing to choose; None where there is none."""
+    """The offer for a run that has reached its choice; None where there is none."""
+    return next(iter(offers(result, models)), None)
+
+
+def offers(result: Result, models: Models) -> tuple[Offer, ...]:
+    """All there are for a run that has reached its choice, or found nothing to choose."""
     session = result.session
     if session.config.latency_only or session.opened.checkpoint is None or session.streams:  # training holds it whole
-        return None
-    found = _nearest(result) if result.chosen is None else _plan(result) or _faster(result)
-    if found is None:
-        return None
+        return ()
+    either = (_nearest(result), _searched(result)) if result.chosen is None else (_plan(result) or _faster(result),)
+    found = [item for item in either if item is not None]
+    if not found:
+        return ()
+    rate = _tokens_per_second(models)
+    return tuple(_offer(result, item, rate) for item in found)
+
+
+def _offer(result: Result, found: Found, tokens_per_second: float) -> Offer:
     point, name, over, faster = found
     named = "" if point is None else f" --point {point}"
-    command = f"autotune recover {session.folder.path}{named} --data TEXT"
+    command = f"autotune recover {result.session.folder.path}{named} --data TEXT"
     tokens = TOKENS
     if point == SEARCHED:
-        tokens = round(price(TOKENS, len(kinds(entry.scheme for entry in result.space.entries))))
-    return Offer(point, name, over, faster, tokens, _tokens_per_second(models), command)
+        assert result.database is not None
+        tokens = round(price(TOKENS, len(kinds(scheme_of(name) for _, name in result.database.entries))))
+    return Offer(point, name, over, faster, tokens, tokens_per_second, command)
 
 
 def _nearest(result: Result) -> Found | None:
     session, problem, front = result.session, result.problem, result.front
     assert problem is not None and front is not None
     nearest = nearest_candidate(session, problem, front)
-    missed = excess(nearest, search_budget(session, problem), front_ratio(front, session.search_limit))
     over = _over(result, nearest)
-    if nearest.genotype == problem.dense or over > REACH or any(v > 0 for k, v in missed.items() if k != "loss"):
+    if nearest.genotype == problem.dense or over > REACH or not _by_loss_alone(result, nearest):
         return None
-    return "nearest", "nearest", over, None
+    return "nearest", "the nearest", over, None
+
+
+def _searched(result: Result) -> Found | None:
+    """Of what training helps and misses by its loss alone, that which misses by the least: of what was measured, else
+    of what had left the search because it breaks the budget in one group."""
+    problem, front, losses = result.problem, result.front, result.losses
+    assert problem is not None and front is not None and losses is not None
+    helped = [c for c in front.candidates if kinds(option.scheme for _, option in of_layers(problem, c.genotype))]
+    over = min((_over(result, c) for c in helped if _by_loss_alone(result, c)), default=math.inf)
+    if over <= REACH:
+        return SEARCHED, "the nearest that training helps", over, None
+    limit = result.session.search_limit
+    rows = [row for row in losses.rows if kinds([row.scheme]) and 1 < row.loss_nats / limit <= REACH]
+    if not rows:
+        return None
+    row = min(rows, key=lambda item: item.loss_nats)
+    return SEARCHED, f"{row.scheme} in {row.group} alone", row.loss_nats / limit, None
+
+
+def _by_loss_alone(result: Result, candidate: Candidate) -> bool:
+    session, problem, front = result.session, result.problem, result.front
+    assert problem is not None and front is not None
+    missed = excess(candidate, search_budget(session, problem), front_ratio(front, session.search_limit))
+    return not any(value > 0 for name, value in missed.items() if name != "loss")
 
 
 def _plan(result: Result) -> Found | None:

@@ -1,13 +1,14 @@
 """The loss table's second column: what every (group, scheme) is expected to lose after training.
 
 A row's recovered loss is its one-shot loss times the factor of its scheme's kind, its bounds times the factor's bounds.
-It is a promise; what a whole plan is left with is measured once the plan has been trained.
+It is a promise; what a whole plan is left with is measured once the plan has been trained. Of a plan, whose one-shot
+loss is measured, factors promise a share: the sum of its rows times their factors, over the sum of its rows.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -34,6 +35,18 @@ class Price:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """KL to the dense model that training is expected to leave, with the interval it is expected in."""
+
+    nats: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Prices:
     rows: tuple[Price, ...]
 
@@ -52,12 +65,31 @@ class Prices:
         return cls(tuple(Price(**row) for row in frame.to_dict("records")))
 
 
+def promise(
+    one_shot_nats: float, chosen: Mapping[str, str], losses: LossTable, factors: Sequence[Factor], steps: int
+) -> Promise:
+    """For a configuration (group -> scheme) after `steps` of training, from its measured one-shot KL."""
+    rows = [row for row in losses.rows if chosen.get(row.group) == row.scheme]
+    total = sum(row.loss_nats for row in rows)
+    if not total > 0:
+        return Promise(one_shot_nats, one_shot_nats, one_shot_nats)
+    known = _left(factors, steps)
+    shares = [sum(row.loss_nats * known(row.scheme)[end] for row in rows) / total for end in range(3)]
+    return Promise(*(one_shot_nats * share for share in shares))
+
+
+def _left(factors: Sequence[Factor], steps: int) -> Callable[[str], tuple[float, float, float]]:
+    """Scheme -> (share left, low, high)."""
+    known = {factor.kind: factor.at(steps) for factor in factors}
+    return lambda name: known.get(kind_of(name), (1.0, 1.0, 1.0))
+
+
 def prices(losses: LossTable, factors: Sequence[Factor], steps: int) -> Prices:
     """The column after `steps` of training."""
-    known = {factor.kind: factor.at(steps) for factor in factors}
+    known = _left(factors, steps)
     rows = []
     for row in losses.rows:
-        left, low, high = known.get(kind_of(row.scheme), (1.0, 1.0, 1.0))
+        left, low, high = known(row.scheme)
         recovered = row.loss_nats * left, row.low_nats * low, row.high_nats * high
         rows.append(Price(row.group, row.scheme, row.loss_nats, row.low_nats, row.high_nats, *recovered))
     return Prices(tuple(rows))

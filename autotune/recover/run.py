@@ -34,7 +34,8 @@ from autotune.plan import Plan, Recovery
 from autotune.recover import candidates, training
 from autotune.recover.distill import Distillation
 from autotune.recover.job import SEARCHED, Job, Options, budget, device_of, sequences_of
-from autotune.recover.searched import Outcome, SearchedRecovery
+from autotune.recover.outcome import Outcome
+from autotune.recover.searched import SearchedRecovery
 from autotune.recover.training import Trained
 from autotune.reference_model import ReferenceModel
 from autotune.run import Reporter, silent
@@ -44,6 +45,7 @@ from autotune.teacher import Teacher
 from autotune.verify import EndToEnd
 
 FOLDER = "recovered"  # in the run's
+SCHEMA_VERSION = 2  # of recovery.json
 METHOD = "block by block, then end to end on KL to the dense model; masks fixed, rounding straight-through"
 
 
@@ -98,7 +100,7 @@ def recover(
         give_back()
         key = "stopped" if trained.stopped else digest([inputs, repr(recipe)])
         value = _conclude(job, folder, database, about, trained, report)
-        value |= {"searched": tried.to_json() if tried else None, "key": key}
+        value |= {"searched": tried.to_json() if tried else None, "promise": _promise(tried, value), "key": key}
         write_json(folder / "recovery.json", value)
         if not trained.stopped:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -132,13 +134,24 @@ def _check(run: Path, options: Options) -> None:
         raise UsageError("recover.latency_only", f"{run} has no losses.", "Tune without --latency-only first.")
 
 
+def _promise(tried: Outcome | None, value: dict[str, Any]) -> dict[str, Any] | None:
+    """What was promised for the end, before anything but the sets was trained, and whether its interval holds what was
+    measured; None where nothing was searched, or training ended early."""
+    if tried is None or value["stopped"]:
+        return None
+    item, measured = tried.chosen.promised, value["search_documents"]["kl_nats"]
+    return item.to_json() | {"holds": item.low <= measured <= item.high}
+
+
 def _finished(folder: Path, key: str, searched: bool) -> dict[str, Any] | None:
     """What an equal recovery wrote."""
     file = folder / "recovery.json"
     if not (file.is_file() and (folder / "plan.json").is_file()):
         return None
     value: dict[str, Any] = read_json(file, "recover")
-    return value if value.get("key") == key and (value.get("searched") is not None) == searched else None
+    wanted = (SCHEMA_VERSION, key, searched)
+    found = value.get("schema_version"), value.get("key"), value.get("searched") is not None
+    return value if found == wanted else None
 
 
 def _store(job: Job, folder: Path, distillation: Distillation) -> tuple[WeightDatabase, str]:
@@ -232,7 +245,7 @@ def _value(
     before, after = losses
     saved = asdict(end_to_end.speedup("recovered")) if end_to_end else None
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "configuration": job.name,
         "plan": plan.digest(),
         "recovery": about.model_dump(mode="json"),

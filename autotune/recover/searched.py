@@ -5,7 +5,9 @@ what is trained is as fast as what is not. So the search runs once more with the
 (`prices`), at the one-shot losses that the first one measured, of which training promises to leave a share. The top few
 of those that are clearly faster than the run's plan and promised to be within the budget are then trained briefly, the
 same steps each from the same text and seed, run end to end by turns, and measured: from here on their own losses count,
-and only the share that the rest of the budget promises is still a promise. The fastest that fits is trained in full.
+and only the share that the rest of the budget promises is still a promise. What they were left with corrects the
+promises for all; where none of them fits, the search runs once more at the corrected prices. The fastest that fits is
+trained in full.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -27,9 +28,10 @@ from autotune.models import Models
 from autotune.plan import Plan
 from autotune.recover import training
 from autotune.recover.candidates import genotype_of
-from autotune.recover.gains import EARLIER, SHORT, Factor, Probing, factors
+from autotune.recover.gains import EARLIER, SHORT, SIZES, Factor, Probing, factors
 from autotune.recover.job import Job, Options, budget
-from autotune.recover.prices import TABLE, Prices, prices
+from autotune.recover.outcome import Correction, Outcome, Tried, correction
+from autotune.recover.prices import TABLE, prices, promise
 from autotune.recover.texts import Sequences
 from autotune.result import Result
 from autotune.run import Reporter
@@ -50,70 +52,35 @@ _SECONDS = 20.0  # of running the candidates end to end
 
 def price(training: float, kinds: int) -> float:
     """All of it, where training the chosen one in full is `training` (minutes or tokens), with so many kinds of scheme
-    to measure. Besides training it takes a search and a run end to end, which need minutes whatever the budget."""
-    return training * (1 + SHORT * (TRIED + (1 + EARLIER) * kinds))
+    to measure. Besides training it takes a search and a run end to end, which need minutes whatever the budget; where
+    none of the first candidates fits, once more, and their short trainings (`again`)."""
+    return training * (1 + SHORT * (TRIED + (len(SIZES) + EARLIER) * kinds))
+
+
+def again(training: float) -> float:
+    """What a second round of candidates adds."""
+    return training * SHORT * TRIED
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A candidate of the second search. Its loss on the search documents: measured one-shot, promised for the whole
-    budget and for the short training, measured after that, and expected at the end from what was measured."""
+class _Round:
+    """A search with training's prices: `name` of its stages, factors, steps in full and of a short training, and what
+    an earlier round tried."""
 
-    job: Job
-    candidate: Candidate  # its evaluation is promised
-    one_shot: Evaluation
-    short_promised_nats: float
-    short: Evaluation
-    expected: Evaluation
-    latency_us: float  # measured end to end, or predicted where nothing can be run
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was searched and tried; `chosen` is the one to train in full."""
-
-    steps: int
-    short_steps: int
+    name: str
     factors: tuple[Factor, ...]
-    prices: Prices
+    steps: int
+    short: int
     tried: tuple[Tried, ...]
-    chosen: Tried
-    plan_us: float  # of the run's plan, or of the dense model where it has none; as `Tried.latency_us`
-    noisy: str  # why those latencies say little; empty where they do
-
-    def to_json(self) -> dict[str, Any]:
-        """As recovery.json has it: docs/report.md."""
-        tokens = self.chosen.job.sequences.train.shape[1]
-        return {
-            "steps": self.steps,
-            "short_steps": self.short_steps,
-            "sequence_length": tokens,
-            "factors": [_factor(item, self.steps) for item in self.factors],
-            "plan_latency_ms": self.plan_us / 1e3,
-            "noisy": self.noisy,
-            "candidates": [_row(item) | {"chosen": item is self.chosen} for item in self.tried],
-        }
 
 
-def _factor(item: Factor, steps: int) -> dict[str, Any]:
-    left, low, high = item.at(steps)
-    measured = {"left": item.left, "low": item.low, "high": item.high}
-    about = {"kind": item.kind, "groups": dict(item.chosen), "kl_nats_before": item.before_nats, "steps": item.steps}
-    return about | measured | {"power": item.power, "at_budget": {"left": left, "low": low, "high": high}}
-
-
-def _row(item: Tried) -> dict[str, Any]:
-    return {
-        "name": item.job.name,
-        "schemes": item.job.chosen,
-        "latency_ms": item.latency_us / 1e3,
-        "predicted_latency_ms": item.candidate.latency_us / 1e3,
-        "one_shot_nats": item.one_shot.kl_nats,
-        "promised_nats": item.candidate.evaluation.kl_nats,
-        "short_promised_nats": item.short_promised_nats,
-        "short_nats": item.short.kl_nats,
-        "expected_nats": item.expected.kl_nats,
-    }
+@dataclass(frozen=True)
+class _Found:
+    tried: tuple[Tried, ...]
+    best: Tried | None
+    ratio: LossRatio
+    plan_us: float
+    noisy: str
 
 
 class SearchedRecovery:
@@ -154,29 +121,49 @@ class SearchedRecovery:
         key = digest([[probe.chosen for probe in self.probing.probes], self.session.spec.model_hash])
         steps = budget(self.options, self.sequences, self.folder, key, self._fitting)
         short = max(1, round(steps * SHORT))
-        made = factors(self.probing.measure(short, self._progress("gains")))
-        column, near = (prices(self.losses, made, count) for count in (steps, short))
+        measured = factors(self.probing.measure(short, self._progress("gains")))
+        found = self._round(_Round("", measured, steps, short, ()))
+        if found.best is None:  # what these were left with says what others will be
+            corrected = self._correction(found.tried, measured, short).of(measured)
+            found = self._round(_Round("_again", corrected, steps, short, found.tried))
+        ratio = self._correction(found.tried, measured, short)
+        write_text(self.run / TABLE, prices(self.losses, ratio.of(measured), steps).to_csv())
+        if found.best is None:
+            raise self._missed(found)
+        return Outcome(steps, short, measured, ratio, found.tried, found.best, found.plan_us, found.noisy)
+
+    def _correction(self, tried: Sequence[Tried], made: Sequence[Factor], steps: int) -> Correction:
+        promised = [promise(i.one_shot.kl_nats, i.job.chosen, self.losses, made, steps).nats for i in tried]
+        return correction([item.short.kl_nats for item in tried], promised)
+
+    def _round(self, asked: _Round) -> _Found:
+        """Search at these prices, then try what was not tried before."""
+        column = prices(self.losses, asked.factors, asked.steps)
         write_text(self.run / TABLE, column.to_csv())
         space = prune_losses(self.session, self.result.space, self.result.table, column.losses)
-        one_shot, promised, soon = (self._problem(space, table) for table in (self.losses, column.losses, near.losses))
+        one_shot, promised = (self._problem(space, table) for table in (self.losses, column.losses))
         models = self._models(self.result)
-        front = run_search(self.session, one_shot, models, self.should_stop, promised, "recovered_front")
+        front = run_search(self.session, one_shot, models, self.should_stop, promised, f"recovered_front{asked.name}")
         models.done_with_losses()
         self._go_on()
         ratio = front_ratio(front, self.session.search_limit)
-        picked = self._pick(front, ratio, promised)
-        jobs = [self._job(number, configuration(promised, item.genotype)) for number, item in enumerate(picked)]
-        end_to_end = self._run(jobs)
-        tried = []
-        for job, item in zip(jobs, picked, strict=True):
-            left, now = (promised_share(one_shot, problem, item.genotype) for problem in (promised, soon))
-            before, short_loss = item.evaluation.scaled(1 / left), self._trained(job, short)
+        picked = self._pick(front, ratio, promised, asked.tried)
+        jobs = [item.job for item in asked.tried]
+        jobs += [self._job(len(jobs) + n, configuration(promised, item.genotype)) for n, item in enumerate(picked)]
+        end_to_end = self._run(jobs, f"recovered_endtoend{asked.name}")
+        tried = [replace(i, latency_us=_measured_us(end_to_end, i.job.name, i.latency_us)) for i in asked.tried]
+        for job, item in zip(jobs[len(tried) :], picked, strict=True):
+            before = item.evaluation.scaled(1 / promised_share(one_shot, promised, item.genotype))
+            soon, late = (
+                promise(before.kl_nats, job.chosen, self.losses, asked.factors, count)
+                for count in (asked.short, asked.steps)
+            )
+            trained = self._trained(job, asked.short)
             latency_us = _measured_us(end_to_end, job.name, item.latency_us)
-            end = short_loss.scaled(left / now)
-            tried.append(Tried(job, item, before, now * before.kl_nats, short_loss, end, latency_us))
+            tried.append(Tried(job, item, before, soon, late, trained, asked.steps, asked.short, latency_us))
         plan_us = _measured_us(end_to_end, "plan", self.reference_us)
         noisy = end_to_end.noisy if end_to_end is not None else ""
-        return Outcome(steps, short, made, column, tuple(tried), self._best(tried, ratio, plan_us), plan_us, noisy)
+        return _Found(tuple(tried), self._best(tried, ratio, plan_us), ratio, plan_us, noisy)
 
     def _problem(self, space: SearchSpace, losses: LossTable) -> Problem:
         """With the KV cache as the model is run: recovery leaves it so."""
@@ -220,17 +207,22 @@ class SearchedRecovery:
         models.database = self.database
         return models
 
-    def _pick(self, front: Front, ratio: LossRatio, promised: Problem) -> list[Candidate]:
-        """The fastest few within the budget, were promises kept."""
+    def _pick(self, front: Front, ratio: LossRatio, promised: Problem, tried: Sequence[Tried]) -> list[Candidate]:
+        """The fastest few within the budget, were promises kept, but for those tried before.
+
+        Raises InfeasibleError `recover.no_candidate` where there is none and none was tried.
+        """
         limits = search_budget(self.session, promised)
         feasible = [item for item in front.candidates if fits(item, limits, ratio)]
         faster = [item for item in feasible if item.latency_us * FASTER <= self.reference_us]
-        if not faster:
+        known = [item.job.chosen for item in tried]
+        new = [item for item in faster if self._job(0, configuration(promised, item.genotype)).chosen not in known]
+        if not new and not tried:
             best = min(feasible, key=lambda item: item.latency_us, default=None)
             there = f"the fastest promised within the budget takes {best.latency_us / 1e3:.2f} ms" if best else ""
             there = there or "none is promised within the budget"
             raise self._nothing(f"{there}, and {self.known} {self.reference_us / 1e3:.2f} ms")
-        return spread(pareto_candidates(faster), TRIED)
+        return spread(pareto_candidates(new), TRIED)
 
     def _nothing(self, why: str) -> InfeasibleError:
         wanted = f"{FASTER - 1:.0%} faster than {self.known} and within the budget"
@@ -239,7 +231,7 @@ class SearchedRecovery:
         hint = f"Give more --minutes or more --data, or recover a --point; the run is as it was.{noisy}"
         return InfeasibleError("recover.no_candidate", f"training promises nothing {wanted}: {why}.", hint)
 
-    def _run(self, jobs: Sequence[Job]) -> EndToEnd | None:
+    def _run(self, jobs: Sequence[Job], stage: str) -> EndToEnd | None:
         """Candidates and plan end to end, interleaved, before anything is trained; None where nothing can be run."""
         named: dict[str, dict[str, str]] = {"dense": {}, "plan": self.reference} | {
             job.name: job.chosen for job in jobs
@@ -258,8 +250,7 @@ class SearchedRecovery:
 
         kernels = [[[option.scheme, option.kernel] for option in group.options] for group in self.problem.groups]
         inputs = [verify.FORMAT, list(map(list, named.items())), kernels, str(self.session.workload)]
-        folder = self.session.folder
-        return folder.json_stage("recovered_endtoend", inputs, compute, EndToEnd.to_json, EndToEnd.from_json)
+        return self.session.folder.json_stage(stage, inputs, compute, EndToEnd.to_json, EndToEnd.from_json)
 
     def _trained(self, job: Job, steps: int) -> Evaluation:
         """Its loss after the short training."""
@@ -285,16 +276,19 @@ class SearchedRecovery:
         finally:
             memo.close()
 
-    def _best(self, tried: Sequence[Tried], ratio: LossRatio, plan_us: float) -> Tried:
+    def _best(self, tried: Sequence[Tried], ratio: LossRatio, plan_us: float) -> Tried | None:
         """The fastest of those that are still faster than the plan and still expected within the budget."""
-        limit = self.session.search_limit
-        over = {item.job.name: dnll_upper_nats(item.expected, ratio) / limit for item in tried}
-        standing = [item for item in tried if item.latency_us < plan_us and over[item.job.name] <= 1]
-        if standing:
-            return min(standing, key=lambda item: item.latency_us)
-        said = [f"{i.job.name} {i.latency_us / 1e3:.2f} ms, {over[i.job.name]:.1f} times the budget" for i in tried]
-        why = f"by a short training the end is expected at {'; '.join(said)}; {self.known} takes {plan_us / 1e3:.2f} ms"
-        raise self._nothing(why)
+        standing = [item for item in tried if item.latency_us < plan_us and self._over(item, ratio) <= 1]
+        return min(standing, key=lambda item: item.latency_us, default=None)
+
+    def _over(self, item: Tried, ratio: LossRatio) -> float:
+        return dnll_upper_nats(item.expected, ratio) / self.session.search_limit
+
+    def _missed(self, found: _Found) -> InfeasibleError:
+        times = [(item, self._over(item, found.ratio)) for item in found.tried]
+        said = [f"{i.job.name} {i.latency_us / 1e3:.2f} ms, {over:.1f} times the budget" for i, over in times]
+        plan = f"{self.known} takes {found.plan_us / 1e3:.2f} ms"
+        return self._nothing(f"by a short training the end is expected at {'; '.join(said)}; {plan}")
 
 
 def _measured_us(end_to_end: EndToEnd | None, name: str, predicted_us: float) -> float:

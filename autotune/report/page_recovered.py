@@ -32,6 +32,9 @@ def _result(made: dict[str, Any]) -> Html:
         "KL on the search documents": f"{kl} nats",
         "certificate": f"{certificate['statement']}: loss at most {upper}, budget {words.nats(certificate['limit'])}",
     }
+    if promise := made.get("promise"):
+        held = "holds it" if promise["holds"] else "does not hold it"
+        rows["KL promised before"] = f"{_nats(promise)} nats; the interval {held}"
     if speedup:
         low, high = words.times(speedup["low"]), words.times(speedup["high"])
         rows["over dense, end to end"] = f"{words.times(speedup['median'])} ({words.between(low, high)})"
@@ -42,19 +45,32 @@ def _factors(found: dict[str, Any]) -> Html:
     rows = [
         (
             item["kind"],
-            len(item["groups"]),
-            item["steps"],
-            f"{_share(item['left'])} ({words.between(_share(item['low']), _share(item['high']))})",
-            _share(item["at_budget"]["left"]),
+            " and ".join(str(len(one["groups"])) for one in item["sets"]),
+            " and ".join(_share(one) for one in item["sets"]),
+            _share(item["at_budget"]),
+            _share(item["corrected"]),
         )
         for item in found["factors"]
     ]
-    head = ("kind of scheme", "groups trained", "steps", "KL left, measured", f"after {found['steps']} steps, promised")
-    return table(head, rows, numbers=(1, 2, 3, 4))
+    measured = f"KL left after {found['short_steps']} steps, measured"
+    head = ("kind of scheme", "groups trained", measured, f"after {found['steps']} steps, promised", "corrected")
+    ratio = found["correction"]
+    between = words.between(_times(ratio["low"]), _times(ratio["high"]))
+    note = f"Corrected: candidates were left with {_times(ratio['ratio'])} ({between}) what was promised."
+    return tag("div", table(head, rows, numbers=(1, 2, 3, 4)), tag("p", note, class_="note"))
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}"
+def _share(item: dict[str, float]) -> str:
+    left, low, high = (f"{item[key]:.0%}" for key in ("left", "low", "high"))
+    return f"{left} ({words.between(low, high)})"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} times"
+
+
+def _nats(item: dict[str, float]) -> str:
+    return f"{words.nats(item['nats'])} ({words.between(words.nats(item['low']), words.nats(item['high']))})"
 
 
 def _candidates(found: dict[str, Any]) -> Html:
@@ -63,10 +79,10 @@ def _candidates(found: dict[str, Any]) -> Html:
             f"{item['name']}{', taken' if item['chosen'] else ''}",
             words.ms(item["latency_ms"]),
             words.nats(item["one_shot_nats"]),
-            words.nats(item["short_promised_nats"]),
+            _nats(item["short_promised"]),
             words.nats(item["short_nats"]),
-            words.nats(item["promised_nats"]),
-            words.nats(item["expected_nats"]),
+            _nats(item["promised"]),
+            _nats(item["expected"]),
         )
         for item in found["candidates"]
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from autotune.errors import InputError
 from autotune.plan import Plan
 from autotune.recover.prices import TABLE, Prices
-from autotune.recover.run import FOLDER
+from autotune.recover.run import FOLDER, SCHEMA_VERSION
 from autotune.report.write import write_report
 from autotune.store import read_json
 
@@ -33,9 +33,9 @@ def _recovered(run: Path) -> dict[str, Any] | None:
         tables = [Plan.load(folder / "plan.json").provenance.loss_table for folder in (run, run / FOLDER)]
     except InputError:  # none, or none that can be used
         return None
-    if tables[0] != tables[1]:  # of what this folder held before
+    if tables[0] != tables[1] or value.get("schema_version") != SCHEMA_VERSION:  # of before, or of another version
         return None
-    keys = ("configuration", "seconds", "search_documents", "certificate", "speedup", "searched")
+    keys = ("configuration", "seconds", "search_documents", "certificate", "speedup", "searched", "promise")
     return {key: value.get(key) for key in keys} | {"tokens": value["recovery"]["tokens"]}
 
 
