@@ -81,11 +81,12 @@ def test_a_factor_is_the_share_left_and_falls_with_a_power_of_the_steps():
     assert factors([gain(1, 0.9)])[0].power == 0.0
 
 
-def test_a_factor_spans_what_its_sets_differ_by():
-    (factor,) = factors([gain(16, 0.9), gain(64, 0.72), gain(64, 0.98, SMALL)])
-    assert [item.left for item in factor.sets] == pytest.approx([0.72, 0.98])
-    assert factor.left == pytest.approx((0.72 * 0.98) ** 0.5)
-    assert (factor.low, factor.high) == pytest.approx((0.72, 0.98), abs=1e-6)
+@pytest.mark.parametrize("larger", [0.9, 0.72])
+def test_a_factor_is_of_the_set_of_the_budgets_size_and_reaches_as_far_as_the_other(larger):
+    (factor,) = factors([gain(16, 0.95), gain(64, larger), gain(64, 0.8, SMALL)])
+    assert [item.left for item in factor.sets] == pytest.approx([larger, 0.8])
+    reach = max(larger / 0.8, 0.8 / larger)
+    assert (factor.left, factor.low, factor.high) == pytest.approx((0.8, 0.8 / reach, 0.8 * reach), rel=1e-3)
 
 
 def test_the_interval_is_over_documents():

@@ -4,10 +4,11 @@ A kind is a pattern and the bits of its weights. Of its options only those count
 at both time and loss: the rest would not be chosen for what training does to it. How much of a loss is left depends on
 which groups are trained and with which others, for they make up for each other's errors: of one group between 75 and
 89%, of all together less than of most alone (docs/measured.md). So what is trained is what would be chosen: the fastest
-configuration of that kind and dense alone whose losses sum to at most three times the budget, and the one within the
-budget. What is left of their KL to the dense model on the search documents, which training never sees, is the `Factor`
-of that kind: the mean of both shares. Its interval spans those of both: what two sets of groups differ by, a third may
-too. Schemes of 8 bits and more lose too little to be worth it; what was not measured has the factor 1.
+configuration of that kind and dense alone whose losses sum to at most the budget. What is left of its KL to the dense
+model on the search documents, which training never sees, is the `Factor` of that kind. The one whose losses sum to
+three times the budget is trained too: what two sets of groups differ by, a third may too, to either side, and that,
+with the error over documents, is the interval. Schemes of 8 bits and more lose too little to be worth it; what was not
+measured has the factor 1.
 
 Sets are trained for `SHORT` of the budget, the larger also for a quarter of that: KL falls with a power of the tokens
 (0.24 on the demo model, from 131 thousand to a million), and the two give its exponent, by which the factor at the
@@ -84,7 +85,7 @@ class Factor:
     of the steps by which it falls from there."""
 
     kind: str
-    sets: tuple[Share, ...]  # what was measured, the larger set first
+    sets: tuple[Share, ...]  # what was measured: the larger set, then that of the budget's size
     steps: int
     left: float
     low: float
@@ -162,9 +163,11 @@ def factors(gains: Sequence[Gain]) -> tuple[Factor, ...]:
         own = [gain for gain in gains if gain.probe.kind == kind]
         steps = max(gain.steps for gain in own)
         sets = tuple(_share(gain) for gain in own if gain.steps == steps)
-        left = math.exp(sum(math.log(max(item.left, _LEAST)) for item in sets) / len(sets))
-        low, high = min(item.low for item in sets), max(item.high for item in sets)
-        made.append(Factor(kind, sets, steps, left, low, high, _power(own, steps)))
+        left = sets[-1].left
+        error = (sets[-1].high - left) / max(left, _LEAST)  # over documents
+        apart = math.log(max(sets[0].left, _LEAST) / max(left, _LEAST))
+        reach = math.exp(math.hypot(error, apart))
+        made.append(Factor(kind, sets, steps, left, left / reach, left * reach, _power(own, steps)))
     return tuple(made)
 
 
