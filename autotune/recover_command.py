@@ -142,10 +142,10 @@ def _print_search(found: dict[str, Any]) -> None:
         console.print(f"note: {found['noisy']}")
     for item in found["candidates"]:
         losses = f"one-shot {item['one_shot_nats']:.5f}, after {found['short_steps']} steps {item['short_nats']:.5f}"
-        losses += f" (promised {_between(item['short_promised'])})"
-        mark = ": taken" if item["chosen"] else ""
-        end = f"by the end {_between(item['expected'])} nats (promised {_between(item['promised'])})"
-        console.print(f"{item['name']}: {item['latency_ms']:.3g} ms, KL {losses}, {end}{mark}")
+        losses += f", promised {_between(item['short_promised'])}"
+        mark = "taken; " if item["chosen"] else ""
+        end = f"by the end {_between(item['expected'])} nats, promised {_between(item['promised'])}"
+        console.print(f"{item['name']}: {mark}{item['latency_ms']:.3g} ms; KL {losses}; {end}")
 
 
 def _between(promise: dict[str, float], form: str = "{:.5f}") -> str:

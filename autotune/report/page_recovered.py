@@ -33,8 +33,8 @@ def _result(made: dict[str, Any]) -> Html:
         "certificate": f"{certificate['statement']}: loss at most {upper}, budget {words.nats(certificate['limit'])}",
     }
     if promise := made.get("promise"):
-        held = "holds it" if promise["holds"] else "does not hold it"
-        rows["KL promised before"] = f"{_nats(promise)} nats; the interval {held}"
+        held = "holds" if promise["holds"] else "does not hold"
+        rows["KL promised before"] = f"{_nats(promise)} nats; the interval {held} what was measured"
     if speedup:
         low, high = words.times(speedup["low"]), words.times(speedup["high"])
         rows["over dense, end to end"] = f"{words.times(speedup['median'])} ({words.between(low, high)})"
@@ -55,18 +55,14 @@ def _factors(found: dict[str, Any]) -> Html:
     measured = f"KL left after {found['short_steps']} steps, measured"
     head = ("kind of scheme", "groups trained", measured, f"after {found['steps']} steps, promised", "corrected")
     ratio = found["correction"]
-    between = words.between(_times(ratio["low"]), _times(ratio["high"]))
-    note = f"Corrected: candidates were left with {_times(ratio['ratio'])} ({between}) what was promised."
+    mean, low, high = (f"{ratio[key]:.2f}" for key in ("ratio", "low", "high"))
+    note = f"Corrected: candidates were left with {mean} times ({words.between(low, high)}) what was promised."
     return tag("div", table(head, rows, numbers=(1, 2, 3, 4)), tag("p", note, class_="note"))
 
 
 def _share(item: dict[str, float]) -> str:
     left, low, high = (f"{item[key]:.0%}" for key in ("left", "low", "high"))
     return f"{left} ({words.between(low, high)})"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f} times"
 
 
 def _nats(item: dict[str, float]) -> str:
