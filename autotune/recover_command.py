@@ -121,6 +121,8 @@ def _print(run: Path, value: dict[str, Any]) -> None:
     if value["speedup"]:
         speedup = value["speedup"]
         console.print(f"{speedup['median']:.2f}x dense end to end ({speedup['low']:.2f} to {speedup['high']:.2f})")
+    if value.get("noisy"):
+        console.print(f"note: {value['noisy']}")
     if value["unique_tokens"] < about["tokens"]:
         seen = about["tokens"] / value["unique_tokens"]
         console.print(

@@ -313,6 +313,10 @@ def test_the_report_shows_the_column_and_what_was_tried(found, home):
     assert report["recovered"]["searched"] == found["searched"]
     shown = [o for group in report["groups"] for o in group["options"] if o["recovered_nats"] is not None]
     assert any(o["recovered_nats"] < o["loss_nats"] for o in shown if kind_of(o["scheme"]) == SPARSE)
+    report["recovered"]["noisy"] = "the host was busy"
+    from autotune.report.page_recovered import section
+
+    assert "the host was busy" in str(section(report)) and found["noisy"] == ""
     page = (run / "report.html").read_text()
     assert "Trained after compression" in page and "candidate 1" in page and "if trained" in page
 

@@ -262,4 +262,5 @@ def _value(
         },
         "certificate": asdict(certificate) | {"statement": certificate.statement},
         "speedup": saved,
+        "noisy": end_to_end.noisy if end_to_end else "",
     }

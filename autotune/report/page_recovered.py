@@ -38,6 +38,8 @@ def _result(made: dict[str, Any]) -> Html:
     if speedup:
         low, high = words.times(speedup["low"]), words.times(speedup["high"])
         rows["over dense, end to end"] = f"{words.times(speedup['median'])} ({words.between(low, high)})"
+    if made.get("noisy"):
+        rows["that says little"] = made["noisy"]
     return facts(rows)
 
 

@@ -35,7 +35,7 @@ def _recovered(run: Path) -> dict[str, Any] | None:
         return None
     if tables[0] != tables[1] or value.get("schema_version") != SCHEMA_VERSION:  # of before, or of another version
         return None
-    keys = ("configuration", "seconds", "search_documents", "certificate", "speedup", "searched", "promise")
+    keys = ("configuration", "seconds", "search_documents", "certificate", "speedup", "noisy", "searched", "promise")
     return {key: value.get(key) for key in keys} | {"tokens": value["recovery"]["tokens"]}
 
 
