@@ -232,6 +232,15 @@ MISTAKES = (
     ),
     # Rows and outputs
     _one(
+        "the last of an odd number of blocks not computed in pairs",
+        W8A8,
+        NAN,
+        CODE,
+        "block < last; block += tile",
+        "block + tile <= last; block += tile",
+    ),
+    # Rows and outputs
+    _one(
         "rows behind a tile's not computed",
         W8A8,
         NAN,
