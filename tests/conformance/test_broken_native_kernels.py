@@ -239,15 +239,6 @@ MISTAKES = (
         "block < last; block += tile",
         "block + tile <= last; block += tile",
     ),
-    # Rows and outputs
-    _one(
-        "rows behind a tile's not computed",
-        W8A8,
-        NAN,
-        CODE,
-        "(a, b, 1, x, full, end, y)",
-        "(a, b, 1, x, end, end, y)",
-    ),
     _one(
         "the last output of a part block not written",
         W8A8,
