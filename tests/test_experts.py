@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,11 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import autotune
-from autotune import session
 from autotune.compress.calibrate import input_statistics
 from autotune.compress.database import stacked_weight
 from autotune.config import RunConfig
-from autotune.errors import DeviceError, InputError
+from autotune.errors import InputError
 from autotune.experts import SplitExperts, routers, split_experts
 from autotune.kernels.spec import KERNELS
 from autotune.model import load_model, open_model
@@ -26,7 +23,6 @@ from autotune.plan import Plan
 from autotune.profilers.memory import model_bytes, weight_bytes
 from autotune.profilers.table import shape_of
 from autotune.result import Result
-from autotune.run import RunFolder, silent
 from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
 from autotune.search_space.rules import legality
 from autotune.search_space.schemes import scheme
@@ -256,15 +252,6 @@ def test_the_saved_model_loads_and_applies(finished: Result) -> None:
     assert not torch.equal(loaded(ids).logits, plain(folder.parent / "model")(ids).logits)
     made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert made.shape[1] == ids.shape[1] + 4
-
-
-def test_a_mixture_is_refused_where_passes_are_recorded(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    card = replace(tiny.here(), device="cuda")
-    monkeypatch.setattr(session, "resolve_target", lambda name: (card, True))
-    config = RunConfig.of(**tiny.settings(folder, tmp_path, tmp_path / "texts.jsonl"))
-    with pytest.raises(DeviceError, match="cannot be tuned here") as raised:
-        session.open_session(RunFolder(tmp_path), config, silent)
-    assert raised.value.code == "device.experts"
 
 
 def test_such_a_plan_is_not_exported_yet(finished: Result, tmp_path: Path) -> None:
