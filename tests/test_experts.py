@@ -12,11 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import autotune
+from autotune import routing
 from autotune.compress.calibrate import input_statistics
 from autotune.compress.database import stacked_weight
 from autotune.config import RunConfig
 from autotune.errors import InputError
 from autotune.experts import SplitExperts, routers, split_experts
+from autotune.kernels import bank
 from autotune.kernels.spec import KERNELS
 from autotune.model import load_model, open_model
 from autotune.plan import Plan
@@ -252,6 +254,20 @@ def test_the_saved_model_loads_and_applies(finished: Result) -> None:
     assert not torch.equal(loaded(ids).logits, plain(folder.parent / "model")(ids).logits)
     made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert made.shape[1] == ids.shape[1] + 4
+
+
+@torch.inference_mode()
+def test_a_loaded_model_routes_a_token_as_on_a_card(finished: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished.session.folder.path
+    ids = tiny.tokens(1)[0][None, :7]
+    expected = autotune.load(folder)(ids).logits
+    monkeypatch.setattr(bank, "wanted", lambda spec, experts: experts > 1)
+    ways: list[int] = []
+    by_all = routing.by_all
+    monkeypatch.setattr(routing, "by_all", lambda *given: ways.append(len(given[1])) or by_all(*given))
+    found = autotune.load(folder)(ids).logits
+    assert ways == [7, 7]  # both layers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_such_a_plan_is_not_exported_yet(finished: Result, tmp_path: Path) -> None:
