@@ -9,8 +9,9 @@ last caches or more are taken in turn, or `hot`, copies of a quarter of it (one 
 on). All candidates of a cell take turns, 20 rounds or more: every kernel of the project's table that this machine can
 run, each checked against its reference on this shape, and the peers that can be imported (ONNX Runtime, OpenVINO,
 torchao), each checked roughly. Every engine is a process of its own with the same number of threads, and sleeps while
-another works. Activations are bf16 for ours and torchao, fp32 for ONNX Runtime and OpenVINO, which run graphs of
-several copies, so that what a call costs around the multiplication is spread there and not here.
+another works. Activations are bf16 for ours and torchao, fp32 for ONNX Runtime and OpenVINO. These two run graphs of
+several copies, and our native kernels as many copies in one native call, as a decode step runs a model's layers: what
+a call costs around the multiplication is spread. Torch's kernels and torchao's are called from Python, one at a time.
 
 Written by `--json`, after every cell: one object with `machine` (cpu, cache, threads, load before and after, packages),
 `read_gb_per_s` (working set in bytes, best read bandwidth of all threads: before or after, the better), `failed` (what

@@ -1,4 +1,8 @@
-"""The project's own table of kernels as an engine (see `peers.py`): every CPU kernel of every scheme that fits."""
+"""The project's own table of kernels as an engine (see `peers.py`): every CPU kernel of every scheme that fits.
+
+A few rows are multiplied by all copies in one native call, as a decode step does with a model's layers where the kernel
+is native; anything else is called from Python, one copy at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from peers import Case, Failures, Loaded, made_input, made_weight
+from peers import MANY_ROWS, Case, Failures, Loaded, made_input, made_weight
 
 from autotune.kernels.checks import gate
+from autotune.kernels.cpu import decoder
 from autotune.kernels.spec import KERNELS, GroupWeight, KernelModule, Packed, kernel
 from autotune.kernels.spec import load as load_kernel
 from autotune.profilers import environment
@@ -61,8 +66,15 @@ class Engine:
     def _loaded(self, item: _Ready, case: Case, x: torch.Tensor) -> Loaded:
         read_bytes = item.copies[0].bytes / item.spec.copies  # of a second layout, each call reads one
         copies = item.copies[: case.copies(read_bytes)]  # those of a cold case are enough for a hot one
-        calls = [partial(item.module.run, packed, x) for packed in copies]
-        return Loaded(item.spec.name, item.scheme, read_bytes, calls)
+        native = getattr(item.module, "native", None)  # of kernels on tiles, another kernel: the one for few rows
+        if native is None or case.m >= MANY_ROWS or "amx" in item.spec.name:
+            calls = [partial(item.module.run, packed, x) for packed in copies]
+            return Loaded(item.spec.name, item.scheme, read_bytes, calls)
+        graphs = case.graphs(read_bytes)
+        y, threads = x.new_empty(case.m, case.n), torch.get_num_threads()
+        products = [decoder.native_product(native(packed), case.n) for packed in copies]
+        chains = [decoder.multiply([products[i] for i in copies], x, y, threads) for copies in graphs]
+        return Loaded(item.spec.name, item.scheme, read_bytes, chains, len(graphs[0]))
 
     def _pack(self, case: Case, at: Callable[[str], None], failed: Failures) -> Iterator[_Ready]:
         few = replace(case, m=1)  # as many copies as any number of rows needs

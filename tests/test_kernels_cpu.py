@@ -10,6 +10,7 @@ import torch
 from native import assert_close, cases, inputs_of, normal, one_thread, run, threads, weight  # noqa: F401 - a fixture
 
 from autotune.errors import InputError
+from autotune.kernels.cpu import decoder
 from autotune.kernels.spec import GroupWeight, load
 from autotune.search_space.schemes import scheme
 
@@ -243,3 +244,16 @@ def test_no_rows_at_all(spec, name, dtype):
         y = pool.submit(load(spec).run, packed, torch.empty(0, packed.in_features, dtype=dtype)).result()
     assert y.shape == (0, 33)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(("spec", "name", "dtype"), cases("integer"))
+def test_products_in_one_native_call(spec, name, dtype):
+    """One after the other into the same outputs: the last one's stay, whichever that is."""
+    inputs = inputs_of(name, 100)[0]
+    module, x = load(spec), normal(3, inputs, dtype)
+    packed = [module.pack(weight(name, 33, inputs, dtype, seed=seed), dtype) for seed in (0, 1)]
+    products = [decoder.native_product(module.native(item), 33) for item in packed]
+    for order in ((0, 1), (1, 0), (1,)):
+        y = torch.full((3, 33), torch.nan, dtype=dtype)
+        decoder.multiply([products[i] for i in order], x, y, 1)()
+        assert torch.equal(y, module.run(packed[order[-1]], x))

@@ -118,10 +118,12 @@ void panel(const Linear& a, const Cut& cut, int64_t block, int blocks, const uin
     } else {
         multiply<DotBytes>(rows > 16, blocks > 1, codes, w, cut.tiles, cut.width, sums.whole);
     }
-    for (int b = 0; b < blocks; b++)
+    for (int b = 0; b < blocks; b++) {
+        const Outputs<Type, grouped> outputs(a, static_cast<int>(block) + b, y);
         for (int t = 0; t < count; t++)
-            finish<Type, planes, grouped>(a, static_cast<int>(block) + b, x.scales[token + t], y, token + t,
-                                          [&](int plane) { return sums.of(b, t * planes + plane); });
+            outputs.template put<planes>(token + t, x.scales[token + t],
+                                         [&](int plane) { return sums.of(b, t * planes + plane); });
+    }
 }
 
 template <class Type, int planes, bool grouped>

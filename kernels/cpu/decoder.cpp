@@ -180,6 +180,13 @@ int autotune_decoder_attention(const Layer* a, const Place* p, const Tokens* t, 
     return !(a->bf16 ? attention<Half>(*a, *p, *t, threads) : attention<float>(*a, *p, *t, threads));
 }
 
+// Products of the same rows one after the other, each over the outputs of the last; for timing them.
+int autotune_products(const Product* products, int64_t number, const void* x, int64_t rows, void* y, int threads) {
+    for (int64_t i = 0; i < number; ++i)
+        if (int error = product(products[i], x, rows, y, threads)) return error;
+    return 0;
+}
+
 // A product that is left out (`zeros`): `packed` points to its outputs' bytes a row.
 int autotune_zeros(const void* packed, const void*, int64_t rows, void* y, int) {
     std::memset(y, 0, rows * *static_cast<const int64_t*>(packed));

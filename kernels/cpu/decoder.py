@@ -126,6 +126,22 @@ def attend(item: Layer, place: Place, tokens: Tokens, threads: int) -> None:
         raise DeviceError("kernel.memory", f"no memory for attention of {tokens.count} tokens.", "Fewer at once.")
 
 
+def multiply(products: Sequence[Product], x: torch.Tensor, y: torch.Tensor, threads: int) -> Callable[[], None]:
+    """A call that multiplies `x` (rows, inputs) by every product, all into `y` (rows, outputs); for timing.
+
+    Raises (the call): DeviceError: `kernel.memory`.
+    """
+    listed, rows = (Product * len(products))(*products), x.shape[0]
+    call = _function("autotune_products", _pointer, _size, _pointer, _size, _pointer)
+    arguments = (ctypes.addressof(listed), len(listed), x.data_ptr(), rows, y.data_ptr(), threads)
+
+    def run(_alive: object = (listed, x, y)) -> None:
+        if call(*arguments):
+            raise DeviceError("kernel.memory", f"no memory for {rows} rows of {x.shape[1]} inputs.", "Fewer rows.")
+
+    return run
+
+
 def available() -> bool:
     """Whether the library can be built and loaded here."""
     return build.available("decoder")

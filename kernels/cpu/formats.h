@@ -15,42 +15,26 @@ using Sums = Ints[rows][kChains<rows>];
 // Positions of four survivors a word, two for each of two quads: in the lower or the upper eight bytes of a quarter.
 INLINE Bytes quad_base(int upper) { return splat_word(upper ? 0x0C0C0808u : 0x04040000u); }
 
+// Quad j of a step: inputs 4j..4j+3 of every output, as signed bytes.
 struct Int8 {
     static constexpr int kBytes = 512;
+    static constexpr bool kDense = true;
 
-    template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            Bytes weights = load_bytes(w + 64 * j);
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                Ints& sum = sums[r][j % kChains<rows>];
-                sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
-            }
-        }
+    template <int j>
+    static INLINE Bytes quad(const uint8_t* w) {
+        return load_bytes(w + 64 * j);
     }
 };
 
 struct Int4 {
     static constexpr int kBytes = 256;  // [4][16 outputs][4 bytes]: inputs 8j..8j+3 in low nibbles, 8j+4..8j+7 in high
+    static constexpr bool kDense = true;
 
-    template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
-        const Bytes high = splat_byte(0xF0);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            Bytes both = load_bytes(w + 64 * j);
-            Bytes first = shift_left<4>(both) & high, second = both & high;
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                const uint8_t* row = x + r * kStep + 8 * j;
-                Ints& even = sums[r][(2 * j) % kChains<rows>];
-                even = dot(even, broadcast4(row), first);
-                Ints& odd = sums[r][(2 * j + 1) % kChains<rows>];
-                odd = dot(odd, broadcast4(row + 4), second);
-            }
-        }
+    template <int j>
+    static INLINE Bytes quad(const uint8_t* w) {
+        const Bytes both = load_bytes(w + 64 * (j / 2));
+        if constexpr (j % 2) return both & splat_byte(0xF0);
+        return shift_left<4>(both) & splat_byte(0xF0);
     }
 };
 
@@ -58,10 +42,11 @@ struct Int4 {
 // of a third 64 bytes, all so that a shift to the left brings them to the top of the byte. Multiplied by 32 there.
 struct Int3 {
     static constexpr int kBytes = 192;
+    static constexpr bool kDense = true;
 
     template <int j>
-    static INLINE Bytes codes(const uint8_t* w, Bytes lowest) {
-        const Bytes upper = shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4)));
+    static INLINE Bytes quad(const uint8_t* w) {
+        const Bytes upper = shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4))), lowest = load_bytes(w + 128);
         Bytes bit;
         if constexpr (j <= 5)
             bit = shift_left<5 - j>(lowest);
@@ -69,43 +54,16 @@ struct Int3 {
             bit = shift_right<j - 5>(lowest);
         return and_or(upper, splat_byte(0xC0), bit & splat_byte(0x20));
     }
-
-    template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
-        const Bytes lowest = load_bytes(w + 128);
-        quads<rows, 0>(w, x, lowest, sums);
-    }
-
-    template <int rows, int j>
-    static INLINE void quads(const uint8_t* w, const uint8_t* x, Bytes lowest, Sums<rows>& sums) {
-        const Bytes weights = codes<j>(w, lowest);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            Ints& sum = sums[r][j % kChains<rows>];
-            sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
-        }
-        if constexpr (j < 7) quads<rows, j + 1>(w, x, lowest, sums);
-    }
 };
 
 // Two bits: code j in bits 6 - 2 * (j % 4) .. of the byte (j / 4). Multiplied by 64 at the top.
 struct Int2 {
     static constexpr int kBytes = 128;
+    static constexpr bool kDense = true;
 
-    template <int rows>
-    static INLINE void step(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
-        quads<rows, 0>(w, x, sums);
-    }
-
-    template <int rows, int j>
-    static INLINE void quads(const uint8_t* w, const uint8_t* x, Sums<rows>& sums) {
-        const Bytes weights = shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4))) & splat_byte(0xC0);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            Ints& sum = sums[r][j % kChains<rows>];
-            sum = dot(sum, broadcast4(x + r * kStep + 4 * j), weights);
-        }
-        if constexpr (j < 7) quads<rows, j + 1>(w, x, sums);
+    template <int j>
+    static INLINE Bytes quad(const uint8_t* w) {
+        return shift_left<2 * (j % 4)>(load_bytes(w + 64 * (j / 4))) & splat_byte(0xC0);
     }
 };
 
@@ -114,6 +72,7 @@ struct Int2 {
 template <class Values>
 struct Sparse {
     static constexpr int kBytes = Values::kBytes + 64;
+    static constexpr bool kDense = false;
 
     template <int t>
     static INLINE Bytes select(Bytes positions) {
@@ -161,3 +120,27 @@ struct Values4 {
 
 using Sparse8 = Sparse<Values8>;
 using Sparse4 = Sparse<Values4>;
+
+// One step of several blocks, `apart` bytes from each other, with a few rows: every activation that is loaded meets the
+// same inputs of all blocks.
+template <class Format, int rows, int blocks, int j = 0>
+INLINE void step(const uint8_t* w, int64_t apart, const uint8_t* x, Sums<rows> (&sums)[blocks]) {
+    if constexpr (Format::kDense) {
+        Bytes weights[blocks];
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) weights[b] = Format::template quad<j>(w + b * apart);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const Bytes inputs = broadcast4(x + r * kStep + 4 * j);
+#pragma GCC unroll 4
+            for (int b = 0; b < blocks; b++) {
+                Ints& sum = sums[b][r][j % kChains<rows>];
+                sum = dot(sum, inputs, weights[b]);
+            }
+        }
+        if constexpr (j < 7) step<Format, rows, blocks, j + 1>(w, apart, x, sums);
+    } else {
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) Format::template step<rows>(w + b * apart, x, sums[b]);
+    }
+}

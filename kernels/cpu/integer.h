@@ -23,40 +23,56 @@ float plane_weight(int plane) {
     return plane == planes - 1 ? 1.0f : plane == planes - 2 ? 256.0f : 65536.0f;
 }
 
-// A block's outputs of one row: sums that all planes and scales of groups are in, times the row's scale and the channel's.
+// From the sums of one block to its outputs: what all rows share is loaded once.
 template <class Type, bool grouped>
-INLINE void put_outputs(const Linear& a, int block, Floats total, float row_scale, void* y, int64_t row) {
-    Floats scale = splat(row_scale);
-    if constexpr (!grouped) scale = scale * load_bf16(a.scales + block * kLanes);
-    Floats bias = a.bias ? load_floats(a.bias + block * kLanes) : zero_floats();
-    Floats result = fma(total, scale, bias);
-    uint8_t* out = static_cast<uint8_t*>(y) + row * a.outputs * Type::kBytes;
-    if ((block + 1) * kLanes <= a.outputs)
-        Type::store(out, block * kLanes, result);
-    else
-        store_tail<Type>(out, block * kLanes, a.outputs, result);
-}
-
-// The same where two planes were brought together as integers: `value` is of 256 * the upper plus the lower.
-template <class Type>
-INLINE void finish_pair(const Linear& a, int block, float row_scale, void* y, int64_t row, Floats value) {
-    const Floats off = load_floats(static_cast<const float*>(a.corrections) + block * kLanes);
-    put_outputs<Type, true>(a, block, fma(off, splat(-257.0f), value), row_scale, y, row);
-}
-
-// Sums of one row and block, all planes, to outputs. `sums(plane)` gives Ints, or Floats where grouped.
-template <class Type, int planes, bool grouped, class Get>
-INLINE void finish(const Linear& a, int block, float row_scale, void* y, int64_t row, Get sums) {
-    Floats total = zero_floats();
-#pragma GCC unroll 3
-    for (int plane = 0; plane < planes; plane++) {
-        Floats value;
+class Outputs {
+   public:
+    INLINE Outputs(const Linear& a, int block, void* y)
+        : y_(static_cast<uint8_t*>(y)), stride_(a.outputs * Type::kBytes), first_(block * kLanes), count_(a.outputs) {
+        bias_ = a.bias ? load_floats(a.bias + first_) : zero_floats();
         if constexpr (grouped) {
-            value = sums(plane) - load_floats(static_cast<const float*>(a.corrections) + block * kLanes);
+            off_ = load_floats(static_cast<const float*>(a.corrections) + first_);
         } else {
-            value = to_floats(sums(plane) - load_ints(static_cast<const int32_t*>(a.corrections) + block * kLanes));
+            whole_off_ = load_ints(static_cast<const int32_t*>(a.corrections) + first_);
+            scale_ = load_bf16(a.scales + first_);
         }
-        total = fma(value, splat(plane_weight<planes>(plane)), total);
     }
-    put_outputs<Type, grouped>(a, block, total, row_scale, y, row);
-}
+
+    // Sums of one row, all planes. `sums(plane)` gives Ints, or Floats where grouped.
+    template <int planes, class Get>
+    INLINE void put(int64_t row, float row_scale, Get sums) const {
+        Floats total = zero_floats();
+#pragma GCC unroll 3
+        for (int plane = 0; plane < planes; plane++) {
+            Floats value;
+            if constexpr (grouped)
+                value = sums(plane) - off_;
+            else
+                value = to_floats(sums(plane) - whole_off_);
+            total = planes == 1 ? value : fma(value, splat(plane_weight<planes>(plane)), total);
+        }
+        store(row, row_scale, total);
+    }
+
+    // The same where two planes were brought together as integers: `value` is of 256 * the upper plus the lower.
+    INLINE void put_pair(int64_t row, float row_scale, Floats value) const {
+        store(row, row_scale, fma(off_, splat(-257.0f), value));
+    }
+
+   private:
+    INLINE void store(int64_t row, float row_scale, Floats total) const {
+        Floats scale = splat(row_scale);
+        if constexpr (!grouped) scale = scale * scale_;
+        const Floats result = fma(total, scale, bias_);
+        uint8_t* out = y_ + row * stride_;
+        if (first_ + kLanes <= count_)
+            Type::store(out, first_, result);
+        else
+            store_tail<Type>(out, first_, count_, result);
+    }
+
+    uint8_t* y_;
+    int64_t stride_, first_, count_;
+    Floats bias_, scale_, off_;
+    Ints whole_off_;
+};

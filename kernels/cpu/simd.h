@@ -16,6 +16,7 @@
 
 constexpr int kStreamRows = 8;    // activation rows that weights meet on one pass
 constexpr int kStreamBlocks = 4;  // blocks that a thread reads side by side where there is one row
+constexpr int kTileBlocks = 2;    // blocks that meet those rows at a time: 16 sums of the 32 registers
 
 struct Bytes {
     __m512i v;
@@ -81,6 +82,9 @@ INLINE Floats load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 INLINE void store_bf16(uint16_t* p, Floats a) {  // ties to even; NaN stays NaN
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+#else
     __m512i bits = _mm512_castps_si512(a.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
@@ -88,6 +92,7 @@ INLINE void store_bf16(uint16_t* p, Floats a) {  // ties to even; NaN stays NaN
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
     __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#endif
 }
 
 INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
@@ -112,7 +117,7 @@ INLINE void store_codes(uint8_t* p, Ints a) {
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
-constexpr int kStreamRows = 4, kStreamBlocks = 1;
+constexpr int kStreamRows = 4, kStreamBlocks = 1, kTileBlocks = 1;
 
 struct Bytes {
     __m256i v[2];

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int kStreamRows = 4, kStreamBlocks = 1;  // 16 of the 32 registers hold the sums of four rows
+constexpr int kStreamRows = 4, kStreamBlocks = 1, kTileBlocks = 1;  // 16 of the 32 registers hold the sums of four rows
 
 struct Bytes {
     uint8x16_t v[4];

@@ -1,9 +1,9 @@
 // Vector instructions through integer weights of any format (formats.h), any number of rows.
 //
 // Every thread streams its own blocks of 16 outputs from memory to registers, where they meet up to eight activation
-// rows at a time. With eight rows the dot products, not the loads, are what the core is busy with, so the same loop
-// serves one row and a thousand: register tiles over several blocks were tried and are no faster. Sums are exact:
-// int32 over a scale group, and over all inputs where there is one scale a channel.
+// rows at a time. Few rows wait for weights: several streams keep more loads in flight. With eight rows the dot products
+// are what the core is busy with; two blocks side by side halve the loads of activations, which is worth 3 to 10%. Sums
+// are exact: int32 over a scale group, and over all inputs where there is one scale a channel.
 #pragma once
 
 #include <omp.h>
@@ -44,16 +44,19 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
     return chains[0];
 }
 
-// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams.
-template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
+// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams,
+// `fetched` ahead of where they are needed.
+template <class Format, class Type, int planes, bool grouped, bool fetched, int tokens, int blocks>
 void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
     // Two planes of a group of up to 128 inputs fit an int32 together (255 * 128 * 128 * 257 < 2^31): half the conversions.
     constexpr bool paired = grouped && planes == 2;
     constexpr int kept = paired ? tokens : rows;
-    // Several streams are fetched to the second cache, far ahead: the first cache waits for too few lines at once.
+    // Several streams are fetched to the second cache, far ahead: the first cache waits for too few lines at once. Of wide
+    // steps every other line is enough, its neighbour comes along, and a resident weight is not slowed down by asking.
     constexpr int64_t ahead = blocks == 1 ? 4096 : 3072;
     constexpr int level = blocks == 1 ? 3 : 2;
+    constexpr int line = blocks == kStreamBlocks && Format::kBytes >= 512 ? 128 : 64;
     constexpr int scales_ahead = 8 * kLanes;
     const int64_t block_bytes = static_cast<int64_t>(a.steps) * Format::kBytes, stream_bytes = apart * block_bytes;
     const uint8_t* w = a.weights + block * block_bytes;
@@ -71,11 +74,12 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
             for (int r = 0; r < rows; r++)
                 for (int c = 0; c < kChains<rows>; c++) sums[b][r][c] = zero_ints();
         for (int s = 0; s < a.steps_per_group; s++) {
+            if constexpr (fetched)
 #pragma GCC unroll 4
-            for (int b = 0; b < blocks; b++) {
-                for (int i = 0; i < Format::kBytes; i += 64) __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
-                Format::template step<rows>(w + b * stream_bytes, codes, sums[b]);
-            }
+                for (int b = 0; b < blocks; b++)
+                    for (int i = 0; i < Format::kBytes; i += line)
+                        __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
+            step<Format, rows, blocks>(w, stream_bytes, codes, sums);
             w += Format::kBytes;
             codes += rows * kStep;
         }
@@ -83,7 +87,7 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
         for (int b = 0; b < blocks; b++) {
             if constexpr (grouped) {
                 const uint16_t* scales = a.scales + ((block + b * apart) * groups + g) * kLanes;
-                __builtin_prefetch(scales + scales_ahead);
+                if constexpr (fetched) __builtin_prefetch(scales + scales_ahead);
                 Floats scale = load_bf16(scales);
 #pragma GCC unroll 8
                 for (int r = 0; r < kept; r++) {
@@ -99,53 +103,65 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
             }
         }
     }
-    for (int b = 0; b < blocks; b++)
+    for (int b = 0; b < blocks; b++) {
+        const Outputs<Type, grouped> outputs(a, block + b * apart, y);
         for (int t = 0; t < tokens; t++) {
-            const float scale = x.scales[token + t];
+            const int64_t row = token + t;
+            const float scale = x.scales[row];
             if constexpr (paired)
-                finish_pair<Type>(a, block + b * apart, scale, y, token + t, totals[b][t]);
+                outputs.put_pair(row, scale, totals[b][t]);
             else
-                finish<Type, planes, grouped>(a, block + b * apart, scale, y, token + t, [&](int plane) {
+                outputs.template put<planes>(row, scale, [&](int plane) {
                     if constexpr (grouped)
                         return totals[b][t * planes + plane];
                     else
                         return whole[b][t * planes + plane];
                 });
         }
+    }
 }
 
 // As many tokens at a time as the registers hold, then half as many, down to one.
-template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
+template <class Format, class Type, int planes, bool grouped, bool fetched, int blocks, int tokens = kStreamRows / planes>
 INLINE void stream_tokens(const Linear& a, int block, int apart, const Rows& x, int64_t token, int64_t end, void* y) {
     for (; token + tokens <= end; token += tokens)
-        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, apart, x, token, y);
+        stream_blocks<Format, Type, planes, grouped, fetched, tokens, blocks>(a, block, apart, x, token, y);
     if constexpr (tokens > 1)
         if (token < end)
-            stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, apart, x, token, end, y);
+            stream_tokens<Format, Type, planes, grouped, fetched, blocks, tokens / 2>(a, block, apart, x, token, end, y);
+}
+
+// Rows that meet the weights once: several streams a thread keep more loads in flight, each long and without a break.
+// Returns the first block that is left.
+template <class Format, class Type, int planes, bool grouped, int streams>
+int stream_once(const Linear& a, int first, int last, const Rows& x, void* y) {
+    const int each = (last - first) / streams;
+    constexpr int most = streams == kStreamBlocks ? 1 : kStreamRows / planes;
+    for (int block = first; block < first + each; block++)
+        stream_tokens<Format, Type, planes, grouped, true, streams, most>(a, block, each, x, 0, x.count, y);
+    return first + each * streams;
 }
 
 template <class Format, class Type, int planes, bool grouped>
 void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
-    const int64_t pass = rows_of_pass(a.padded * planes, kStreamRows / planes);
-    if (x.count == 1) {  // one token: several streams a thread keep more loads in flight, each long and without a break
-        const int each = (last - first) / kStreamBlocks;
-        for (int block = first; block < first + each; block++)
-            stream_blocks<Format, Type, planes, grouped, 1, kStreamBlocks>(a, block, each, x, 0, y);
-        for (int block = first + each * kStreamBlocks; block < last; block++)
-            stream_blocks<Format, Type, planes, grouped, 1, 1>(a, block, 1, x, 0, y);
-        return;
+    constexpr int most = kStreamRows / planes, tile = Format::kDense ? kTileBlocks : 1;
+    if (x.count == 1) first = stream_once<Format, Type, planes, grouped, kStreamBlocks>(a, first, last, x, y);
+    if constexpr (kStreamBlocks > 1)
+        if (x.count <= most) first = stream_once<Format, Type, planes, grouped, 2>(a, first, last, x, y);
+    const int64_t pass = rows_of_pass(a.padded * planes, most);
+    for (int64_t start = 0; start < x.count; start += pass) {
+        const int64_t end = std::min(x.count, start + pass), full = start + (end - start) / most * most;
+        int block = first;
+        if constexpr (tile > 1)
+            for (; block + tile <= last; block += tile) {
+                for (int64_t token = start; token < full; token += most)
+                    stream_blocks<Format, Type, planes, grouped, false, most, tile>(a, block, 1, x, token, y);
+                for (int b = block; b < block + tile; b++)
+                    stream_tokens<Format, Type, planes, grouped, true, 1>(a, b, 1, x, full, end, y);
+            }
+        for (; block < last; block++)
+            stream_tokens<Format, Type, planes, grouped, true, 1>(a, block, 1, x, start, end, y);
     }
-    constexpr int few = kStreamRows / planes / 2;
-    if constexpr (kStreamBlocks > 1 && few > 1)
-        if (x.count <= few) {  // a few tokens: two streams, for the same reason, and activations meet both
-            const int each = (last - first) / 2;
-            for (int block = first; block < first + each; block++)
-                stream_tokens<Format, Type, planes, grouped, 2, few>(a, block, each, x, 0, x.count, y);
-            first += 2 * each;
-        }
-    for (int64_t start = 0; start < x.count; start += pass)
-        for (int block = first; block < last; block++)
-            stream_tokens<Format, Type, planes, grouped, 1>(a, block, 1, x, start, std::min(x.count, start + pass), y);
 }
 
 // False when memory ran out.
