@@ -50,8 +50,14 @@ def _state(spec: KernelSpec, target: Target) -> str:
 
 
 def _machine_code(spec: KernelSpec, target: Target) -> str:
-    """Whether tensor cores are active, from the assembly of a Triton kernel's widest product for this device."""
-    if "triton" not in spec.limits.features or target.compute_capability is None:
+    """Whether tensor cores are active, from the assembly of a compiled kernel's widest product for this device."""
+    if target.compute_capability is None:
+        return ""
+    if "nvcc" in spec.limits.features:
+        from autotune.kernels.cuda import compiled as by_nvcc
+
+        return f": {by_nvcc.inspect(spec.module.rpartition('.')[2], target.compute_capability)}"
+    if "triton" not in spec.limits.features:
         return ""
     from autotune.kernels.triton import compiled
 

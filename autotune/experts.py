@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from autotune import routing
 from autotune.checkpoint import Checkpoint
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # what model classes call what decides beside experts
@@ -57,6 +58,8 @@ class SplitExperts(nn.ModuleList):
             self[number](hidden)
         if hidden.is_meta:
             return torch.empty_like(hidden)
+        if routing.takes(self, tokens):
+            return routing.routed(self, hidden, chosen, weights)
         if tokens == 1:
             parts = [self[number](hidden) for number in chosen[0].tolist()]
             return (torch.cat(parts) * weights.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)

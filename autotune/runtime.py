@@ -26,7 +26,7 @@ from autotune.folding import Fold, Site, fold
 from autotune.kernels import storage
 from autotune.kernels.allocator import keep_large_blocks
 from autotune.kernels.cpu import build
-from autotune.kernels.linear import FusedGroup, alternative, install
+from autotune.kernels.linear import FusedGroup, alternatives, install
 from autotune.kernels.norm import fuse_norms
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight, kernel
@@ -288,11 +288,12 @@ def _install(
     count = next(group.experts for group in plan.groups if group.name == name)
     size = len(entries) // count
     rows = sum(entry.shape[0] for entry in entries[:size])
-    for number in range(count):
+    parts = [weight] if count == 1 else [weight.part(slice(n * rows, (n + 1) * rows)) for n in range(count)]
+    packs = (load_kernel(spec).pack(part, dtype) for part in parts)
+    for number, choice in enumerate(alternatives(spec, weight.scheme, packs, count)):
         own = entries[number * size : (number + 1) * size]
-        part = weight if count == 1 else weight.part(slice(number * rows, (number + 1) * rows))
         group = FusedGroup(own[0].shape[1], [entry.shape[0] for entry in own])
-        group.add(weight.scheme, alternative(spec, weight.scheme, load_kernel(spec).pack(part, dtype)))
+        group.add(weight.scheme, choice)
         install(model, [entry.module for entry in own], group)
 
 

@@ -18,7 +18,7 @@ from autotune.certify import expected_error
 from autotune.compress import methods, smoothing
 from autotune.config import RunConfig
 from autotune.documents import MAX_DOCUMENT_TOKENS, Documents, take
-from autotune.errors import DeviceError, InputError, UsageError
+from autotune.errors import InputError, UsageError
 from autotune.model import OpenModel, load_mixed, load_model, load_tokenizer, open_model
 from autotune.place import CPU, Place, place_of
 from autotune.profilers.probe import probe
@@ -173,9 +173,6 @@ def open_session(folder: RunFolder, config: RunConfig, report: Reporter) -> Sess
     chosen, local = resolve_target(config.target)
     opened = open_model(config.model, config.dtype, config.latency_only)
     _check_length(workload, opened.positions)
-    if local and chosen.device != "cpu" and any(group.experts > 1 for group in opened.spec.groups):
-        what = "the host sends tokens to experts, and a recorded pass cannot wait for it"
-        raise DeviceError("device.experts", f"a mixture of experts cannot be tuned here: {what}.", "Take --target cpu.")
     report("open", 1, 1)
     methods.check(config.compression)
     smoothing.check(config.smoothing)

@@ -14,7 +14,7 @@ from torch import nn
 from autotune import runtime
 from autotune.compress.database import WeightDatabase, scheme_of, stacked_bias, stacked_weight
 from autotune.kernels.kv_formats import format_of
-from autotune.kernels.linear import ZEROS, FusedGroup, alternative, install
+from autotune.kernels.linear import ZEROS, FusedGroup, alternatives, install
 from autotune.kernels.reference import random_weight
 from autotune.kernels.spec import GroupWeight, kernel
 from autotune.kernels.spec import load as load_kernel
@@ -23,8 +23,9 @@ from autotune.model import OpenModel, load_model
 from autotune.passes import StaticRequest
 from autotune.place import CPU, Place
 from autotune.plan import Plan
-from autotune.profilers.cuda_timer import Recording, Replayable
+from autotune.profilers.cuda_timer import Launched, Recording, Replayable
 from autotune.profilers.latency import LatencyTable
+from autotune.routing import MOST_TOKENS
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.space import SearchSpace
 from autotune.search_space.workload import Workload
@@ -116,14 +117,18 @@ class SwitchableModel:
             room = prompt + max(steps, self._generated)
             self._requests[shape] = StaticRequest(self.model, batch, prompt, room, self.place.device)
         request = self._requests[shape]
-        prefill = self._replayable(recording, (*shape, "prefill"), request.prefill)
+        prefill = self._replayable(recording, (*shape, "prefill"), batch * prompt, request.prefill)
         if not steps:
             return recording.elapsed(prefill.replay), 0.0
-        decode = self._replayable(recording, (*shape, "decode"), request.decode)
+        decode = self._replayable(recording, (*shape, "decode"), batch, request.decode)
         seconds = sorted(recording.elapsed(decode.replay) for _ in range(steps))
         return recording.elapsed(prefill.replay), seconds[len(seconds) // 2]
 
-    def _replayable(self, recording: Recording, name: tuple[object, ...], call: Callable[[], object]) -> Replayable:
+    def _replayable(
+        self, recording: Recording, name: tuple[object, ...], tokens: int, call: Callable[[], object]
+    ) -> Replayable:
+        """A pass of so many tokens in the active configuration. Where the host sends them to experts it is launched
+        anew each time: a graph cannot wait for the host."""
         key = (*name, *(group.active for group in self.groups.values()))
         if key not in self._recorded:
 
@@ -131,7 +136,8 @@ class SwitchableModel:
                 call()
 
             once()  # compile and choose configurations first: nothing of that can be recorded
-            self._recorded[key] = recording.record(once)
+            held = tokens <= MOST_TOKENS or all(group.experts == 1 for group in self.spec.groups)
+            self._recorded[key] = recording.record(once) if held else Launched(once)
         return self._recorded[key]
 
     def _timed(self, call: Callable[[], object]) -> float:
@@ -212,9 +218,11 @@ class _Packer:
 
     def pack(self, name: str, weight: GroupWeight) -> None:
         item = kernel(self.kernels[scheme_of(name)])
-        for index, fused in enumerate(self.fused):
-            own = weight if self.group.experts == 1 else weight.part(self.group.rows(index))
-            fused.add(name, alternative(item, scheme_of(name), load_kernel(item).pack(own, self.dtype)))
+        count = self.group.experts
+        parts = [weight] if count == 1 else [weight.part(self.group.rows(index)) for index in range(count)]
+        packs = (load_kernel(item).pack(part, self.dtype) for part in parts)
+        for fused, choice in zip(self.fused, alternatives(item, scheme_of(name), packs, count), strict=True):
+            fused.add(name, choice)
 
     def add(self, name: str, weights: WeightDatabase) -> None:
         self.pack(name, weights.load(self.group, name, self.bias))

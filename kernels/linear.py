@@ -13,14 +13,14 @@ state dict. Under `torch.compile` and `torch.export` a group is one operator on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from autotune.errors import InputError, did_you_mean
-from autotune.kernels import changes
+from autotune.kernels import bank, changes
 from autotune.kernels.operator import Operands, apply, operands, plain
 from autotune.kernels.spec import Packed, load
 from autotune.search_space.coverage import KernelSpec
@@ -34,18 +34,28 @@ class Alternative:
 
     `native`: addresses of its C function (packed, x, rows, y, threads) and of its `packed`; None where it has none.
     `operands`: what a graph needs for the same; None where none will be made.
+    `bank`: all experts of the layer, where the device chooses among them; this is one of its rows.
     """
 
     run: Callable[[Packed, torch.Tensor], torch.Tensor]
     packed: Packed
     native: tuple[int, int] | None = None
     operands: Operands | None = None
+    bank: bank.Bank | None = None
 
 
 def alternative(spec: KernelSpec, scheme: str, packed: Packed) -> Alternative:
     module = load(spec)
     native = getattr(module, "native", None)
     return Alternative(module.run, packed, native(packed) if native else None, operands(spec, scheme, packed))
+
+
+def alternatives(spec: KernelSpec, scheme: str, packs: Iterable[Packed], count: int) -> list[Alternative]:
+    """Of the `count` parts of a layer group; experts on a CUDA device share a bank."""
+    if not bank.wanted(spec, count):
+        return [alternative(spec, scheme, packed) for packed in packs]
+    shared = bank.bank(spec, scheme, packs, count)
+    return [replace(alternative(spec, scheme, shared.expert(number)), bank=shared) for number in range(count)]
 
 
 class FusedGroup(nn.Module):
@@ -92,6 +102,11 @@ class FusedGroup(nn.Module):
     def holds(self, name: str) -> bool:
         """True where there are packed weights under that name."""
         return name in self._alternatives
+
+    @property
+    def banked(self) -> bool:
+        """Whether the device can choose among this group and those of the layer's other experts."""
+        return any(choice.bank is not None for choice in self._alternatives.values())
 
     def remove(self, name: str) -> None:
         """Let go of packed weights that are not active."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from autotune.errors import InputError, did_you_mean
 from autotune.kernels.cpu import build
+from autotune.kernels.cuda import build as cuda_build
 from autotune.search_space.coverage import KernelSpec, Limits
 from autotune.search_space.schemes import MORE, SCHEMES
 from autotune.store import digest, file_digest
@@ -257,6 +258,17 @@ KERNELS: tuple[KernelSpec, ...] = (
         sparse_compute=True,
     ),
     KernelSpec(
+        "cuda.24.w8a8",
+        ("2:4+w8a8-int8",),
+        "cuda",
+        ("bf16",),
+        "autotune.kernels.cuda.sparse24_w8a8",
+        Limits(64, 8, ("sparse24", "nvcc"), min_compute_capability=8.0),
+        compute_format="int8",
+        sparse_compute=True,
+        notes="never run on a card: what the gate refuses there is left out",
+    ),
+    KernelSpec(
         "cuda.int4",
         _INT4,
         "cuda",
@@ -313,12 +325,13 @@ def kernel_hash(spec: KernelSpec) -> str:
     Of kernels compiled here: everything beside them, which they share, and what compiles it.
     """
     module = _source(spec.module)
-    compiled = "cxx" in spec.limits.features
+    compiled, by_nvcc = ("cxx" in spec.limits.features), ("nvcc" in spec.limits.features)
     used = ("reference", "formats", "packing") if compiled else ("reference", "formats")
-    shared = {".py", ".h", ".cpp"} if compiled else {".py"} if spec.device == "cuda" else set()
+    shared = {".py", ".h", ".cpp", ".cu"} if compiled or by_nvcc else {".py"} if spec.device == "cuda" else set()
     files = [module, *(_source(f"autotune.kernels.{name}") for name in used)]
+    made_by = build.made_by() if compiled else cuda_build.made_by() if by_nvcc else ()
     files += sorted(path for path in module.parent.iterdir() if path.suffix in shared)
-    return digest([spec.name, *map(file_digest, files), *(build.made_by() if compiled else ()), version("torch")])
+    return digest([spec.name, *map(file_digest, files), *made_by, version("torch")])
 
 
 def dense_of(weight: GroupWeight) -> torch.Tensor:

@@ -49,6 +49,13 @@ class Replayable(Protocol):
     def replay(self) -> None: ...
 
 
+class Launched:
+    """What no graph holds: a replay launches it again."""
+
+    def __init__(self, call: Call) -> None:
+        self.replay = call
+
+
 @dataclass(frozen=True)
 class Graphed:
     """`graph` makes `calls` calls when it is replayed."""
@@ -123,16 +130,12 @@ def on_device() -> Recording:
 def rehearsed() -> Recording:
     """Where there is no card: a graph is the call itself, timed by the host's clock."""
 
-    class Repeated:
-        def __init__(self, call: Call) -> None:
-            self.replay = call
-
     def elapsed_s(call: Call) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    return Recording(Repeated, elapsed_s)
+    return Recording(Launched, elapsed_s)
 
 
 class DeviceClock:

@@ -101,7 +101,7 @@ def cuda_target(device: CudaDevice) -> Target:
         name=cuda_name(device.name),
         device="cuda",
         model=device.name,
-        features=(*cuda_features(device.compute_capability), *(("triton",) if find_spec("triton") else ())),
+        features=(*cuda_features(device.compute_capability), *_compilers()),
         cores=device.sms,
         memory_bytes=device.memory_bytes,
         last_cache_bytes=device.l2_bytes,
@@ -110,6 +110,18 @@ def cuda_target(device: CudaDevice) -> Target:
         notes=note + (f"{known.name}.yaml until measured." if known else "its class until measured."),
         caches={"L2": device.l2_bytes},
     )
+
+
+def _compilers() -> tuple[str, ...]:
+    """What of CUDA kernels' compilers is installed: Triton, and NVIDIA's own."""
+    return (*(("triton",) if find_spec("triton") else ()), *(("nvcc",) if nvcc() else ()))
+
+
+def nvcc() -> str | None:
+    """NVIDIA's compiler (feature `nvcc`): on the path, or where `CUDA_HOME` or the usual folder has it."""
+    homes = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
+    known = (shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes if home)
+    return shutil.which("nvcc") or next((found for found in known if found), None)
 
 
 def cuda_name(model: str) -> str:

@@ -202,7 +202,7 @@ def emulated(name: str, flags: tuple[str, ...], folder: Path = build.FOLDER) -> 
 
 
 def only(*wanted: tuple[str, str]) -> list[Change]:
-    """Changes that leave of integer.cpp what these (scheme, dtype) need: it compiles in a fraction of the time."""
+    """Changes that leave of integer.cpp and its part what these (scheme, dtype) need: a fraction to compile."""
     formats = ("Int8", "Int4", "Sparse8", "Sparse4")
     kept: dict[str, set[str]] = {}
     for name, dtype in wanted:
@@ -212,14 +212,17 @@ def only(*wanted: tuple[str, str]) -> list[Change]:
     changes = []
     for number, made in enumerate(formats):
         grouped = "true" if made.endswith("4") else "false"
-        label = "default" if number == 3 else f"case {number}"
+        label, file = (
+            "default" if number == 3 else f"case {number}",
+            "integer.cpp" if number < 2 else "integer.sparse.cpp",
+        )
         old = f"{label}: return !by_type<{made}, {grouped}>(a, x, rows, y, threads);"
         calls = "".join(
             f"if (a.bf16 == {is_bf16}) return !by_planes<{made}, {number_type}, {grouped}>(a, x, rows, y, threads);"
             for dtype, is_bf16, number_type in (("bf16", 1, "Bf16"), ("fp32", 0, "Fp32"))
             if dtype in kept.get(made, ())
         )
-        changes.append(("integer.cpp", old, f"{label}: {calls} return 1;"))
+        changes.append((file, old, f"{label}: {calls} return 1;"))
     return changes
 
 

@@ -97,6 +97,15 @@ def test_whole_models_are_rehearsed_on_the_cpu(tmp_path):
     assert all(float(row["us"]) > 0 for row in rows)
 
 
+def test_experts_routed_by_the_device_are_rehearsed_on_the_cpu(tmp_path):
+    process = run("--device", "cpu", "--only", "mixture", "--no-probe", "--out", "out", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    rows = read(tmp_path / "out/mixture.csv")
+    assert [row["status"] for row in rows] == ["measured"] * 6, rows
+    assert {(row["shape"], row["m"]) for row in rows} == {("tiny", "1"), ("tiny", "4"), ("tiny", "16")}
+    assert all(float(row["us"]) > 0 and "away from the host's routing" in row["reason"] for row in rows)
+
+
 def test_no_time_is_a_row_too(tmp_path):
     chosen = ["--shapes", "32x64", "--kernels", "none", "--no-probe", "--minutes", "0"]
     process = run(*chosen, "--device", "cpu", "--only", "correctness", "--out", "out", folder=tmp_path)

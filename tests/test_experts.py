@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,19 +12,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import autotune
-from autotune import session
+from autotune import routing
 from autotune.compress.calibrate import input_statistics
 from autotune.compress.database import stacked_weight
 from autotune.config import RunConfig
-from autotune.errors import DeviceError, InputError
+from autotune.errors import InputError
 from autotune.experts import SplitExperts, routers, split_experts
+from autotune.kernels import bank
 from autotune.kernels.spec import KERNELS
 from autotune.model import load_model, open_model
 from autotune.plan import Plan
 from autotune.profilers.memory import model_bytes, weight_bytes
 from autotune.profilers.table import shape_of
 from autotune.result import Result
-from autotune.run import RunFolder, silent
 from autotune.search_space.groups import LayerGroup, Linear, ModelSpec
 from autotune.search_space.rules import legality
 from autotune.search_space.schemes import scheme
@@ -258,13 +256,18 @@ def test_the_saved_model_loads_and_applies(finished: Result) -> None:
     assert made.shape[1] == ids.shape[1] + 4
 
 
-def test_a_mixture_is_refused_where_passes_are_recorded(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    card = replace(tiny.here(), device="cuda")
-    monkeypatch.setattr(session, "resolve_target", lambda name: (card, True))
-    config = RunConfig.of(**tiny.settings(folder, tmp_path, tmp_path / "texts.jsonl"))
-    with pytest.raises(DeviceError, match="cannot be tuned here") as raised:
-        session.open_session(RunFolder(tmp_path), config, silent)
-    assert raised.value.code == "device.experts"
+@torch.inference_mode()
+def test_a_loaded_model_routes_a_token_as_on_a_card(finished: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished.session.folder.path
+    ids = tiny.tokens(1)[0][None, :7]
+    expected = autotune.load(folder)(ids).logits
+    monkeypatch.setattr(bank, "wanted", lambda spec, experts: experts > 1)
+    ways: list[int] = []
+    by_all = routing.by_all
+    monkeypatch.setattr(routing, "by_all", lambda *given: ways.append(len(given[1])) or by_all(*given))
+    found = autotune.load(folder)(ids).logits
+    assert ways == [7, 7]  # both layers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_such_a_plan_is_not_exported_yet(finished: Result, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ DRIVER = r"""
 #include <cstdio>
 #include <vector>
 #include "integer.cpp"
+#include "integer.sparse.cpp"
 #include "narrow.cpp"
 
 static std::vector<char> part(FILE* file) {

@@ -24,7 +24,7 @@ LAYERS = (
     ("profilers",),
     ("search",),
     ("config", "plan", "documents", "checkpoint", "progress", "certify", "place", "passes"),
-    ("experts", "grouping", "skeleton", "folding", "model", "blocks", "streaming", "run"),
+    ("routing", "experts", "grouping", "skeleton", "folding", "model", "blocks", "streaming", "run"),
     ("compress",),
     ("samples",),
     ("session",),

@@ -23,6 +23,7 @@ from autotune.planning import PACKAGES, expert_notes, why
 from autotune.report.numbers_front import front_rows
 from autotune.report.numbers_groups import group_rows
 from autotune.report.numbers_prediction import prediction
+from autotune.routing import MOST_TOKENS
 from autotune.verify import EndToEnd
 
 if TYPE_CHECKING:
@@ -273,6 +274,10 @@ def _expert_warnings(result: Result) -> list[str]:
     if not groups:
         return []
     warnings = ["kernel latencies of experts assume that tokens choose them with equal probability"]
+    session = result.session
+    if session.place.recording and any(phase.tokens > MOST_TOKENS for phase in session.workload.phases):
+        what = f"passes of more than {MOST_TOKENS} tokens are launched one operator after the other"
+        warnings.append(f"{what}, as the host sends tokens to experts: their times hold what launching costs")
     if result.problem and result.chosen:
         chosen = configuration(result.problem, result.chosen.candidate.genotype)
         every = [(g.name.rpartition(".")[0], number) for g in groups for number in range(g.experts)]

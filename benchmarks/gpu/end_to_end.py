@@ -34,6 +34,7 @@ CONFIGURATIONS = {
         ("triton.w8a16.fp8", "w8a16-fp8"),
         ("triton.fp8.blocks", "w8a8-fp8-128x128"),
         ("cuslt.fp8", "2:4+w8a8-fp8"),
+        ("cuda.24.w8a8", "2:4+w8a8-int8"),
     ),
     "cpu": (("torch.cpu.bf16", "bf16"), ("onednn.w8a8", "w8a8-int8")),
 }

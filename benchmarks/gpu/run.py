@@ -40,7 +40,15 @@ from autotune.targets import cuda_driver, detect
 from autotune.targets.target import Target
 
 # name -> share of the time that is left when it starts
-PARTS = {"smoke": 0.2, "prefill": 0.3, "decode": 0.45, "int4": 0.4, "end_to_end": 0.6, "correctness": 1.0}
+PARTS = {
+    "smoke": 0.2,
+    "prefill": 0.3,
+    "decode": 0.45,
+    "int4": 0.4,
+    "end_to_end": 0.6,
+    "mixture": 0.4,
+    "correctness": 1.0,
+}
 WRITE_S = 5.0  # how often the rows of a part that is at work are written
 
 
@@ -141,12 +149,21 @@ def end_to_end(bench: Bench) -> None:
     bench.keep("end_to_end", whole.measured(bench.target.device, bench.deadline("end_to_end"), bench.rows, models))
 
 
+def mixture(bench: Bench) -> None:
+    """Experts chosen by the device, inside a graph."""
+    import mixture as layers
+
+    names = ("qwen3-30b-a3b", "mixtral-8x7b") if bench.target.device == "cuda" else ("tiny",)
+    bench.keep("mixture", layers.measured(bench.target.device, bench.deadline("mixture"), names))
+
+
 RUN: dict[str, Callable[[Bench], None]] = {
     "smoke": smoke,
     "prefill": prefill,
     "decode": decode,
     "int4": int4,
     "end_to_end": end_to_end,
+    "mixture": mixture,
     "correctness": check_all,
 }
 

@@ -29,14 +29,16 @@ _prepared: dict[str, Path] = {}  # what `prepare` found, so that nothing is hash
 
 
 def sources(name: str) -> list[Path]:
-    """What a library is made of: NAME.cpp and every header beside it."""
-    return [FOLDER / f"{name}.cpp", *sorted(FOLDER.glob("*.h"))]
+    """What a library is made of: NAME.cpp, its parts NAME.PART.cpp, and every header beside them."""
+    return [FOLDER / f"{name}.cpp", *sorted(FOLDER.glob(f"{name}.*.cpp")), *sorted(FOLDER.glob("*.h"))]
 
 
 def libraries() -> list[str]:
-    """All that this CPU uses."""
+    """All that this CPU uses, the one that compiles longest first."""
     tiles = "amx_tile" in detect_cpu().features
-    return sorted(path.stem for path in FOLDER.glob("*.cpp") if tiles or not path.stem.startswith("amx"))
+    found = {path.name.partition(".")[0] for path in FOLDER.glob("*.cpp")}
+    usable = (name for name in found if tiles or not name.startswith("amx"))
+    return sorted(usable, key=lambda name: (name != "integer", name))
 
 
 def prepare() -> None:
@@ -93,7 +95,8 @@ def build(name: str, flags: tuple[str, ...] = _FLAGS) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = _compile(command, flags, FOLDER / f"{name}.cpp", Path(scratch), openmp)
+                parts = [path for path in sources(name) if path.suffix == ".cpp"]
+                made = _compile(command, flags, parts, Path(scratch), openmp)
                 os.replace(made, target)
         except OSError as error:
             hint = "Set AUTOTUNE_HOME to a folder that can be written."
@@ -119,12 +122,18 @@ def openmp_runtime() -> Path | None:
     return next((Path(path) for path in sorted(loaded) if Path(path).name.startswith(known)), None)
 
 
-def _compile(command: list[str], flags: tuple[str, ...], source: Path, folder: Path, openmp: Path | None) -> Path:
-    made, library = folder / "made.o", folder / "made.so"
-    _run([*command, *flags, "-c", str(source), "-o", str(made)])
+def _compile(command: list[str], flags: tuple[str, ...], parts: list[Path], folder: Path, openmp: Path | None) -> Path:
+    """Side by side, then linked."""
+    library, objects = folder / "made.so", [folder / f"{part.stem}.o" for part in parts]
+
+    def one(part: Path, made: Path) -> None:
+        _run([*command, *flags, "-c", str(part), "-o", str(made)])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, parts, objects))
     sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
     runtime = [str(openmp)] if openmp else ["-fopenmp"]
-    _run([*command, *sanitizers, "-shared", str(made), "-o", str(library), *runtime])
+    _run([*command, *sanitizers, "-shared", *map(str, objects), "-o", str(library), *runtime])
     return library
 
 

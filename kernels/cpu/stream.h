@@ -44,9 +44,8 @@ INLINE Ints gathered(Ints (&chains)[kChains<rows>]) {
     return chains[0];
 }
 
-// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams,
-// `fetched` ahead of where they are needed.
-template <class Format, class Type, int planes, bool grouped, bool fetched, int tokens, int blocks>
+// `blocks` blocks of 16 outputs, `apart` from each other, for a few rows: the weights pass once, as so many streams.
+template <class Format, class Type, int planes, bool grouped, int tokens, int blocks>
 void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t token, void* y) {
     constexpr int rows = tokens * planes;
     // Two planes of a group of up to 128 inputs fit an int32 together (255 * 128 * 128 * 257 < 2^31): half the conversions.
@@ -74,11 +73,10 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
             for (int r = 0; r < rows; r++)
                 for (int c = 0; c < kChains<rows>; c++) sums[b][r][c] = zero_ints();
         for (int s = 0; s < a.steps_per_group; s++) {
-            if constexpr (fetched)
 #pragma GCC unroll 4
-                for (int b = 0; b < blocks; b++)
-                    for (int i = 0; i < Format::kBytes; i += line)
-                        __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
+            for (int b = 0; b < blocks; b++)
+                for (int i = 0; i < Format::kBytes; i += line)
+                    __builtin_prefetch(w + b * stream_bytes + ahead + i, 0, level);
             step<Format, rows, blocks>(w, stream_bytes, codes, sums);
             w += Format::kBytes;
             codes += rows * kStep;
@@ -87,7 +85,7 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
         for (int b = 0; b < blocks; b++) {
             if constexpr (grouped) {
                 const uint16_t* scales = a.scales + ((block + b * apart) * groups + g) * kLanes;
-                if constexpr (fetched) __builtin_prefetch(scales + scales_ahead);
+                __builtin_prefetch(scales + scales_ahead);
                 Floats scale = load_bf16(scales);
 #pragma GCC unroll 8
                 for (int r = 0; r < kept; r++) {
@@ -122,13 +120,13 @@ void stream_blocks(const Linear& a, int block, int apart, const Rows& x, int64_t
 }
 
 // As many tokens at a time as the registers hold, then half as many, down to one.
-template <class Format, class Type, int planes, bool grouped, bool fetched, int blocks, int tokens = kStreamRows / planes>
+template <class Format, class Type, int planes, bool grouped, int blocks, int tokens = kStreamRows / planes>
 INLINE void stream_tokens(const Linear& a, int block, int apart, const Rows& x, int64_t token, int64_t end, void* y) {
     for (; token + tokens <= end; token += tokens)
-        stream_blocks<Format, Type, planes, grouped, fetched, tokens, blocks>(a, block, apart, x, token, y);
+        stream_blocks<Format, Type, planes, grouped, tokens, blocks>(a, block, apart, x, token, y);
     if constexpr (tokens > 1)
         if (token < end)
-            stream_tokens<Format, Type, planes, grouped, fetched, blocks, tokens / 2>(a, block, apart, x, token, end, y);
+            stream_tokens<Format, Type, planes, grouped, blocks, tokens / 2>(a, block, apart, x, token, end, y);
 }
 
 // Rows that meet the weights once: several streams a thread keep more loads in flight, each long and without a break.
@@ -138,7 +136,7 @@ int stream_once(const Linear& a, int first, int last, const Rows& x, void* y) {
     const int each = (last - first) / streams;
     constexpr int most = streams == kStreamBlocks ? 1 : kStreamRows / planes;
     for (int block = first; block < first + each; block++)
-        stream_tokens<Format, Type, planes, grouped, true, streams, most>(a, block, each, x, 0, x.count, y);
+        stream_tokens<Format, Type, planes, grouped, streams, most>(a, block, each, x, 0, x.count, y);
     return first + each * streams;
 }
 
@@ -150,17 +148,11 @@ void stream(const Linear& a, int first, int last, const Rows& x, void* y) {
         if (x.count <= most) first = stream_once<Format, Type, planes, grouped, 2>(a, first, last, x, y);
     const int64_t pass = rows_of_pass(a.padded * planes, most);
     for (int64_t start = 0; start < x.count; start += pass) {
-        const int64_t end = std::min(x.count, start + pass), full = start + (end - start) / most * most;
-        int block = first;
-        if constexpr (tile > 1)
-            for (; block + tile <= last; block += tile) {
-                for (int64_t token = start; token < full; token += most)
-                    stream_blocks<Format, Type, planes, grouped, false, most, tile>(a, block, 1, x, token, y);
-                for (int b = block; b < block + tile; b++)
-                    stream_tokens<Format, Type, planes, grouped, true, 1>(a, b, 1, x, full, end, y);
-            }
-        for (; block < last; block++)
-            stream_tokens<Format, Type, planes, grouped, true, 1>(a, block, 1, x, start, end, y);
+        const int64_t end = std::min(x.count, start + pass);
+        for (int block = first; block < last; block += tile) {
+            const int apart = block + tile <= last;  // the last of an odd number stands for its neighbour too
+            stream_tokens<Format, Type, planes, grouped, tile>(a, block, apart, x, start, end, y);
+        }
     }
 }
 
@@ -203,6 +195,12 @@ bool by_planes(const Linear& a, const void* x, int64_t rows, void* y, int thread
         return linear<Format, Type, 2, grouped>(a, x, rows, y, threads);
     else
         return linear<Format, Type, 3, grouped>(a, x, rows, y, threads);
+}
+
+template <class Format, bool grouped>
+bool by_type(const Linear& a, const void* x, int64_t rows, void* y, int threads) {
+    if (a.bf16) return by_planes<Format, Bf16, grouped>(a, x, rows, y, threads);
+    return by_planes<Format, Fp32, grouped>(a, x, rows, y, threads);
 }
 
 }  // namespace

@@ -232,12 +232,12 @@ MISTAKES = (
     ),
     # Rows and outputs
     _one(
-        "rows behind a tile's not computed",
+        "the last of an odd number of blocks not computed in pairs",
         W8A8,
         NAN,
         CODE,
-        "(a, b, 1, x, full, end, y)",
-        "(a, b, 1, x, end, end, y)",
+        "block < last; block += tile",
+        "block + tile <= last; block += tile",
     ),
     _one(
         "the last output of a part block not written",
