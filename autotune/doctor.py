@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune import __version__
+from autotune.kernels.machine_code import machine_code
 from autotune.kernels.spec import KERNELS, load
 from autotune.planning import PACKAGES
 from autotune.search_space.coverage import KernelSpec
@@ -46,23 +47,8 @@ def _state(spec: KernelSpec, target: Target) -> str:
         load(spec)
     except ImportError as error:
         return f"cannot be loaded: {error}"
-    return "runs" + _machine_code(spec, target)
-
-
-def _machine_code(spec: KernelSpec, target: Target) -> str:
-    """Whether tensor cores are active, from the assembly of a compiled kernel's widest product for this device."""
-    if target.compute_capability is None:
-        return ""
-    if "nvcc" in spec.limits.features:
-        from autotune.kernels.cuda import compiled as by_nvcc
-
-        return f": {by_nvcc.inspect(spec.module.rpartition('.')[2], target.compute_capability)}"
-    if "triton" not in spec.limits.features:
-        return ""
-    from autotune.kernels.triton import compiled
-
-    products = [variant for variant in compiled.variants(spec) if variant.tensor_cores]
-    return f": {compiled.inspect(products[-1], target.compute_capability)}"
+    made = machine_code(spec, target.compute_capability)
+    return f"runs: {made}" if made else "runs"
 
 
 def _version(name: str) -> str:

@@ -8,11 +8,11 @@ import subprocess
 import pytest
 import torch
 
-from autotune import doctor
 from autotune.errors import DeviceError
 from autotune.kernels import reference
 from autotune.kernels.checks import gate
 from autotune.kernels.cuda import build, compiled, sparse24_w8a8
+from autotune.kernels.machine_code import machine_code
 from autotune.kernels.spec import KERNELS, kernel
 from autotune.kernels.torch.cuda_activations import quantize_torch
 from autotune.search_space.coverage import KernelSpec
@@ -143,9 +143,9 @@ def test_the_library_is_built_once_loads_and_says_that_there_is_no_card(monkeypa
 
 
 @pytest.mark.skipif(detect.nvcc() is None, reason="no nvcc")
-def test_doctor_names_the_instruction(monkeypatch):
+def test_the_instruction_is_named(monkeypatch):
     monkeypatch.setattr(compiled, "inspect", lambda name, capability: f"{name} for {capability}")
-    assert doctor._machine_code(SPEC, target.load("h100")) == ": sparse24_w8a8 for 9.0"
+    assert machine_code(SPEC, 9.0) == "sparse24_w8a8 for 9.0"
 
 
 def test_every_kernel_of_nvcc_is_tested_here():

@@ -114,14 +114,13 @@ def test_every_configuration_compiles(variant, capability):
     assert not found.spills and bool(found.instruction) == variant.tensor_cores, found
 
 
-def test_doctor_reads_the_machine_code():
-    from autotune import doctor
-    from autotune.targets import target
+def test_machine_code_is_named():
+    from autotune.kernels.machine_code import machine_code
 
     spec = next(spec for spec in SPECS if spec.name == "triton.w8a8")  # compiled above already: Triton keeps it
-    text = doctor._machine_code(spec, target.load("h100"))
+    text = machine_code(spec, 9.0)
     assert "wgmma" in text and "no spills" in text
-    assert doctor._machine_code(KERNELS[0], target.load("h100")) == ""
+    assert machine_code(KERNELS[0], 9.0) == "" and machine_code(spec, None) == ""
 
 
 # ---- choosing a configuration

@@ -84,6 +84,17 @@ def test_charts_are_valid_plotly(report):
         go.Figure(json.loads(text))
 
 
+def test_the_page_says_whether_tensor_cores_are_active(tmp_path):
+    report = sample.make()
+    kernel = report["groups"][0]["roofline"][0]["kernel"]
+    report["target"]["machine_code"] = {kernel: "wgmma.mma_async, 72 registers, no spills", "cuda.bf16": ""}
+    shares = [row["peak_share"] for group in report["groups"] for row in group["roofline"]]
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.html").read_text()
+    assert f"{kernel}: wgmma.mma_async, 72 registers, no spills (up to {max(shares):.0%} of the compute peak)" in text
+    assert "cuda.bf16: a library, which chooses its own" in text
+
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'[red]$\\frac{"
 FIXED = {"task", "certified", "status", "phase", "bound", "dtype", "uniform", "device", "name", "role"}
 

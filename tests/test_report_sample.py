@@ -43,6 +43,7 @@ def _group(name, role, layer, shape, scheme, sensitivity):
             floor = max(size / 90e3, ops / (3.2e6 if "w8a8" in item else 1.6e6))
             row = {"phase": phase, "rows": rows, "scheme": item, "kernel": "onednn", "measured_us": floor * 1.4}
             row |= {"floor_us": floor, "bound": "memory" if rows == 1 else "compute", "ops": ops, "bytes": size}
+            row["peak_share"] = ops / (3.2e6 if "w8a8" in item else 1.6e6) / row["measured_us"]
             roofline.append(row)
     return {
         "name": name,
@@ -164,6 +165,7 @@ def make(layers=12):
             "cores": 8,
             "features": ["avx512_vnni", "amx_int8"],
             "local": True,
+            "machine_code": {},
             "ceilings": {
                 "read_gb_per_s": [[2**20, 900.0], [2**25, 310.0], [2**30, 90.0]],
                 "tera_ops": {"bf16": 1.6, "int8": 3.2, "fp32": 0.4},

@@ -18,6 +18,8 @@ from autotune.compress.sequential import METHOD
 from autotune.decide import configuration, of_layers, weight_bytes
 from autotune.documents import BUNDLED
 from autotune.finalists import front_ratio
+from autotune.kernels.machine_code import machine_code
+from autotune.kernels.spec import kernel
 from autotune.model import load_tokenizer
 from autotune.planning import PACKAGES, expert_notes, why
 from autotune.report.numbers_front import front_rows
@@ -85,7 +87,18 @@ def _target(result: Result) -> dict[str, Any]:
     target = result.session.target
     keys = ("name", "model", "device", "cores", "features")
     value = {key: target.to_json()[key] for key in keys}
-    return value | {"local": result.session.local, "ceilings": target.to_json()["ceilings"]}
+    value |= {"local": result.session.local, "ceilings": target.to_json()["ceilings"]}
+    return value | {"machine_code": _machine_codes(result)}
+
+
+def _machine_codes(result: Result) -> dict[str, str]:
+    """Of the plan's kernels, on a CUDA device that is here; "" for a library's."""
+    assert result.plan
+    target = result.session.target
+    if not result.session.local or target.compute_capability is None:
+        return {}
+    names = sorted({group.kernel for group in result.plan.groups if group.kernel})
+    return {name: machine_code(kernel(name), target.compute_capability) for name in names}
 
 
 def _budget(result: Result) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _roof_row(result: Result, phase: str, job: Job, measured_us: float) -> dict[
         "measured_us": measured_us,
         "floor_us": roofline.least_us(job, ceilings),
         "bound": max(bounds, key=lambda name: bounds[name]),
+        "peak_share": compute_us / measured_us,
         "ops": float(job.operations),
         "bytes": float(moved),
     }

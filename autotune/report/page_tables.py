@@ -187,6 +187,7 @@ def setting(report: Report) -> Html:
         "target": f"{target['model']} ({target['device']}, {target['cores']} cores)",
         "features": ", ".join(target["features"]) or "none",
         "ceilings": f"from {target['ceilings']['source']}, {target['ceilings']['launch_us']:g} µs a kernel call",
+        **({"machine code": codes} if (codes := _machine_codes(report)) else {}),
         "workload": words.workload(report),
         "budget": words.budget(report),
         "chosen": report["plan"]["why"],
@@ -200,3 +201,14 @@ def setting(report: Report) -> Html:
         rows |= {"data": f"{data['name']} ({data['digest'][:12]}), tokens: {data['unit']}"}
         rows |= {"documents, tokens": "; ".join(sets)}
     return facts(rows)
+
+
+def _machine_codes(report: Report) -> str:
+    """Each kernel's tensor-core instruction, and the largest share of the compute peak that it reached alone."""
+    said = []
+    for name, code in report["target"].get("machine_code", {}).items():  # reports of before have none
+        rows = [row for group in report["groups"] for row in group["roofline"] if row["kernel"] == name]
+        share = max((row["peak_share"] for row in rows), default=None)
+        reached = "" if share is None else f" (up to {share:.0%} of the compute peak)"
+        said.append(f"{name}: {code or 'a library, which chooses its own'}{reached}")
+    return "; ".join(said)
