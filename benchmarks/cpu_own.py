@@ -73,7 +73,8 @@ class Engine:
         graphs = case.graphs(read_bytes)
         y, threads = x.new_empty(case.m, case.n), torch.get_num_threads()
         products = [decoder.native_product(native(packed), case.n) for packed in copies]
-        chains = [decoder.multiply([products[i] for i in copies], x, y, threads) for copies in graphs]
+        turns = [[products[i % len(products)] for i in numbers] for numbers in graphs]  # the last may begin again
+        chains = [decoder.multiply(turn, x, y, threads) for turn in turns]
         return Loaded(item.spec.name, item.scheme, read_bytes, chains, len(graphs[0]))
 
     def _pack(self, case: Case, at: Callable[[str], None], failed: Failures) -> Iterator[_Ready]:
