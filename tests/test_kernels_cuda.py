@@ -148,5 +148,14 @@ def test_the_instruction_is_named(monkeypatch):
     assert machine_code(SPEC, 9.0) == "sparse24_w8a8 for 9.0"
 
 
+@pytest.mark.parametrize("error", [DeviceError("kernel.compiler", "no nvcc."), FileNotFoundError("cuobjdump")])
+def test_a_tool_that_is_missing_costs_no_report(monkeypatch, error):
+    def inspect(_name, _capability):
+        raise error
+
+    monkeypatch.setattr(compiled, "inspect", inspect)
+    assert machine_code(SPEC, 9.0).startswith(f"unknown ({type(error).__name__}: ")
+
+
 def test_every_kernel_of_nvcc_is_tested_here():
     assert [spec.name for spec in KERNELS if "nvcc" in spec.limits.features] == [NAME]
