@@ -1,8 +1,9 @@
-"""One new token's attention with the query heads of a key head side by side, as rows of one product.
+"""Attention of a transformers model on a CPU, two cases of it faster.
 
-With grouped-query attention several query heads read the same keys. torch's attention on a CPU takes them one by one,
-each a single row, which in bf16 is 4 to 7 times slower than as many rows at once (torch 2.13; 16 heads on 8, 80 to 512
-positions). Everything else goes to transformers' own function.
+One new token: with grouped-query attention several query heads read the same keys. torch's attention takes them one by
+one, each a single row, which in bf16 is 4 to 7 times slower than as many rows side by side (torch 2.13; 16 heads on 8,
+80 to 512 positions). Prompts without padding, in bf16: a native kernel, where this CPU has one. Everything else goes
+to transformers' own function.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autotune.kernels.cpu import flash
+
 NAME = "autotune_sdpa"
 _UNUSUAL = {"position_bias", "cache", "softcap"}  # extras that only transformers' own function understands
 
 
-def pack_query_heads(model: nn.Module) -> bool:
+def fuse_attention(model: nn.Module) -> bool:
     """Let a transformers model that uses `sdpa` attend this way; returns whether it does."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -43,19 +46,28 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """query (batch, heads, new, width); key, value (batch, key heads, positions, width); gives (batch, new, heads,
     width)."""
-    batch, heads, new, _ = query.shape
-    shared = heads // key.shape[1]
-    if new > 1 or shared == 1 or not _plain(key, attention_mask, more):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if not dropout and _plain(key, attention_mask, more):
+        new, shared = query.shape[2], query.shape[1] // key.shape[1]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if new == 1 and shared > 1:
+            return _side_by_side(query, key, value, attention_mask, scale), None
+        causal = _causal(module, more)
+        whole = attention_mask is None and (new == key.shape[2] or not causal)
+        if new > 1 and whole and not _traced(query, key, value) and flash.serves(query, key, value):
+            return flash.attend(query, key, value, scale, causal), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
-        )
-    rows = query.reshape(batch, key.shape[1], shared, query.shape[-1])
-    output = F.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
-    return output.reshape(batch, new, heads, value.shape[-1]), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+
+
+def _side_by_side(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Of one new token: heads of a key head as rows."""
+    batch, heads, _, width = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, width)
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return output.reshape(batch, 1, heads, value.shape[-1])
 
 
 def _plain(key: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> bool:
@@ -63,3 +75,13 @@ def _plain(key: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -
     if key.device.type != "cpu" or torch.compiler.is_compiling() or (mask is not None and mask.shape[1] != 1):
         return False
     return all(more.get(name) is None for name in _UNUSUAL)
+
+
+def _causal(module: nn.Module, more: dict[str, Any]) -> bool:
+    """As transformers' function has it."""
+    given = more.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _traced(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(item.requires_grad for item in tensors)

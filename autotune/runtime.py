@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotune.attention import pack_query_heads
+from autotune.attention import fuse_attention
 from autotune.decoder import fuse_decoder_layers
 from autotune.decoder_step import fuse_decoders
 from autotune.errors import DeviceError, InputError
@@ -132,7 +132,7 @@ def quicken(model: nn.Module) -> None:
         return
     align_routers(model)
     fuse_norms(model)
-    pack_query_heads(model)
+    fuse_attention(model)
     if fuse_decoder_layers(model):
         fuse_decoders(model)
 

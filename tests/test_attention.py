@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from autotune import attention as module
-from autotune.attention import NAME, pack_query_heads
+from autotune.attention import NAME, fuse_attention
+from autotune.kernels.cpu import flash
 
 CONFIGS = {
     "llama": transformers.LlamaConfig,
@@ -43,7 +44,7 @@ def test_generation_is_the_same(kind, batch, monkeypatch):
     mask = torch.ones_like(ids)
     mask[0, :4] = 0 if batch > 1 else 1  # padding on the left: a mask in every step
     expected = decoded(made, ids, attention_mask=mask)
-    assert pack_query_heads(made)
+    assert fuse_attention(made)
     shapes = []
     call = torch.nn.functional.scaled_dot_product_attention
 
@@ -62,16 +63,16 @@ def test_generation_is_the_same(kind, batch, monkeypatch):
 def test_heads_that_share_no_keys_decode_as_before():
     made, ids = model(num_key_value_heads=8), torch.arange(1, 6).view(1, 5)
     expected = decoded(made, ids)
-    assert pack_query_heads(made)
+    assert fuse_attention(made)
     found = decoded(made, ids)
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
 
 
 def test_a_model_with_another_attention_keeps_it():
     made = model(attn_implementation="eager")
-    assert not pack_query_heads(made)
+    assert not fuse_attention(made)
     assert made.config._attn_implementation == "eager"
-    assert not pack_query_heads(torch.nn.Linear(2, 2))
+    assert not fuse_attention(torch.nn.Linear(2, 2))
 
 
 def test_a_mask_of_its_own_for_every_head_is_left_to_transformers():
@@ -88,6 +89,45 @@ def test_a_mask_of_its_own_for_every_head_is_left_to_transformers():
 
 def test_the_name_is_the_models_afterwards():
     made = model()
-    assert pack_query_heads(made)
+    assert fuse_attention(made)
     assert made.config._attn_implementation == NAME
-    assert not pack_query_heads(made)
+    assert not fuse_attention(made)
+
+
+@pytest.mark.skipif(not flash.available(), reason="no native attention of prompts on this CPU")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_prompts_attend_natively(kind, monkeypatch):
+    made, ids = model(kind, torch.bfloat16, head_dim=32), torch.randint(1, 256, (2, 70))
+    with torch.inference_mode():
+        expected = made(ids).logits.float()
+        assert fuse_attention(made)
+        calls = []
+        monkeypatch.setattr(flash, "attend", lambda *given, call=flash.attend: (calls.append(given), call(*given))[1])
+        found = made(ids).logits.float()
+    assert len(calls) == 2 and all(given[-1] is True for given in calls)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.skipif(not flash.available(), reason="no native attention of prompts on this CPU")
+def test_what_the_native_prompt_is_not_for(monkeypatch):
+    """Padding, gradients, dropout, and new tokens that follow others."""
+    host = torch.nn.Module()
+    query, key = torch.randn(1, 4, 9, 32).bfloat16(), torch.randn(1, 4, 9, 32).bfloat16()
+    monkeypatch.setattr(flash, "attend", lambda *_: pytest.fail("ran natively"))
+    with torch.no_grad():
+        module.attention(host, query, key, key, torch.ones(1, 1, 9, 9, dtype=torch.bool))
+        module.attention(host, query, key, key, None, dropout=0.5)
+        module.attention(host, query[:, :, :3], key, key, None)
+    module.attention(host, query.requires_grad_(), key, key, None)
+
+
+@pytest.mark.skipif(not flash.available(), reason="no native attention of prompts on this CPU")
+@pytest.mark.parametrize("way", ["module", "argument"])
+def test_an_encoders_prompt_sees_all_positions(way):
+    host = torch.nn.Module()
+    if way == "module":
+        host.is_causal = False
+    query, key = torch.randn(1, 2, 40, 32).bfloat16(), torch.randn(1, 2, 50, 32).bfloat16()
+    found, _ = module.attention(host, query, key, key, None, **({} if way == "module" else {"is_causal": False}))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2)
+    assert torch.allclose(found.float(), expected.float(), atol=0.02)

@@ -35,10 +35,16 @@ def sources(name: str) -> list[Path]:
 
 def libraries() -> list[str]:
     """All that this CPU uses, the one that compiles longest first."""
-    tiles = "amx_tile" in detect_cpu().features
     found = {path.name.partition(".")[0] for path in FOLDER.glob("*.cpp")}
-    usable = (name for name in found if tiles or not name.startswith("amx"))
-    return sorted(usable, key=lambda name: (name != "integer", name))
+    return sorted(filter(is_used, found), key=lambda name: (name != "integer", name))
+
+
+def is_used(name: str) -> bool:
+    """Whether this CPU has the instructions that the library is for, and nothing better."""
+    features = detect_cpu().features
+    if name.startswith("amx"):
+        return "amx_tile" in features
+    return name != "flash" or ("avx512_bf16" in features and "amx_bf16" not in features)
 
 
 def prepare() -> None:
