@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "between.h"
 #include "rows.h"
 
 namespace {
@@ -45,19 +46,6 @@ struct Tokens {
 };
 
 thread_local Buffer scores_buffer;
-
-// x[j], x[j + half] turned by the position's angles; transformers' rotate_half convention.
-template <typename T>
-void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
-    const int64_t half = rotary / 2;
-    for (int64_t j = 0; j < half; ++j) {
-        const float a = wide(x[j]), b = wide(x[j + half]);
-        const float turned_a = rounded<T>(a * wide(cosines[j])) + rounded<T>(-b * wide(sines[j]));
-        const float turned_b = rounded<T>(b * wide(cosines[j + half])) + rounded<T>(a * wide(sines[j + half]));
-        narrow(turned_a, x[j]);
-        narrow(turned_b, x[j + half]);
-    }
-}
 
 // Normalises and turns a key head's queries and its key, keeps key and value, and attends. `more`: the same thread does the
 // next one. False: no memory.
@@ -107,16 +95,6 @@ bool attention(const Layer& a, const Place& p, const Tokens& t, int threads) {
     return p.kept == 2 ? all_heads<T, Fp8>(a, p, t, threads) : all_heads<T, T>(a, p, t, threads);
 }
 
-// silu(gate) * up of one row: gate's outputs first, then up's.
-template <typename T>
-void gate(const T* both, T* out, int64_t inner) {
-#pragma omp simd
-    for (int64_t i = 0; i < inner; ++i) {
-        const float x = wide(both[i]);
-        narrow(rounded<T>(x / (1.0f + exponential(-x))) * wide(both[inner + i]), out[i]);
-    }
-}
-
 template <typename T>
 void normalise(const Layer& a, const T* x, const void* weight, float eps, int64_t rows) {
     T* y = static_cast<T*>(a.normed);
@@ -126,12 +104,6 @@ void normalise(const Layer& a, const T* x, const void* weight, float eps, int64_
 
 int product(const Product& a, const void* x, int64_t rows, void* y, int threads) {
     return a.run(a.packed, x, rows, y, threads);
-}
-
-// y += x, each sum rounded.
-template <typename T>
-void add(const T* x, T* y, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) narrow(wide(x[i]) + wide(y[i]), y[i]);
 }
 
 // y: the tokens, changed in place.
