@@ -2,8 +2,8 @@
 
 That kind is Llama's, Mistral's and Qwen's: RMSNorm, q/k/v with or without norms a head, rotary positions, grouped-query
 attention, a gated MLP with SiLU, two residual sums. Whether a layer is of it is asked of its structure, and then of its
-numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts, masks, other
-caches, training, hooks and `torch.compile` go to transformers' own code.
+numbers: the first token runs both ways, and a layer that answers differently stays as it is. Prompts go through
+`prompt`; masks, other caches, training, hooks and `torch.compile` to transformers' own code.
 
 Keys and values, or their codes (`kv_cache`), are kept in buffers with room to grow (`cache_room`). Where nothing else
 is done between layers either, `decoder_step` runs all of them as one call. A model serves one thread at a time.
@@ -20,44 +20,32 @@ import torch
 from torch import nn
 
 from autotune.cache_room import Room, Rooms, holds, with_room
+from autotune.common_layer import (
+    DTYPES,
+    alike,
+    groups_of,
+    hooks_inside,
+    is_common,
+    may,
+    members_of,
+    wanted_format,
+)
 from autotune.kernels.cpu import decoder as native
-from autotune.kernels.linear import Alternative, FusedGroup, GroupSlice
-from autotune.kernels.norm import FusedRMSNorm
-from autotune.kv_cache import Keeping, coded_format, is_growing
+from autotune.kernels.linear import Alternative, FusedGroup
+from autotune.kv_cache import coded_format, is_growing
+from autotune.prompt import Prompt
 
-_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _MOST_ROWS = 64  # sequences at once; more are a prompt's business
-_SAME = 0.02  # of what the layer adds to its input: roundings differ, and 8-bit activations turn them into steps
-_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def fuse_decoder_layers(model: nn.Module) -> int:
     """Let the layers that can take single tokens natively do so; returns how many might. Without a compiler, none."""
-    found = [module for module in model.modules() if _is_common(module)]
+    found = [module for module in model.modules() if is_common(module)]
     if not found or not native.available():
         return 0
     for module in found:
         module.forward = OneToken(module)
     return len(found)
-
-
-def _is_common(layer: nn.Module) -> bool:
-    if {name for name, _ in layer.named_children()} != _CHILDREN:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    inside = {name for name, _ in attention.named_children()}  # type: ignore[union-attr]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in sorted(_HEAD_NORMS & inside)]
-    return (
-        inside in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
-        and {name for name, _ in mlp.named_children()} == _MLP  # type: ignore[union-attr]
-        and "silu" in type(mlp.act_fn).__name__.lower()  # type: ignore[union-attr]
-        and all(isinstance(norm, FusedRMSNorm) for norm in norms)
-        and not list(attention.parameters(recurse=False))  # type: ignore[union-attr]
-        and all(hasattr(attention, name) for name in ("head_dim", "scaling", "layer_idx"))
-    )
 
 
 @dataclass
@@ -114,16 +102,22 @@ class OneToken:
         self._ready: Ready | None = None
         self._alone: Layers | None = None
         self._hooks: list[Any] = []
+        self._prompt = Prompt(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None, "_alone": None, "_hooks": []}  # pointers and hooks are of this very one
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._trusted is not False and not args and hidden_states.dim() == 3 and hidden_states.shape[1] == 1:
-            y = self._token(hidden_states, kwargs)
+        if not args and hidden_states.dim() == 3:
+            y = self._quick(hidden_states, kwargs)
             if y is not None:
                 return y
         return self._slow(hidden_states, *args, **kwargs)
+
+    def _quick(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
+        if x.shape[1] == 1:
+            return None if self._trusted is False else self._token(x, given)
+        return self._prompt.run(x, given) if self._may(x, given) else None
 
     def _slow(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -156,7 +150,7 @@ class OneToken:
             return None
         if kept.keys.dim() != 4 or not kept.keys.shape[2] or kept.keys.shape != kept.values.shape:
             return None
-        return kept if coded_format(kept) == _wanted(self.layer) else None  # the slow way makes it so
+        return kept if coded_format(kept) == wanted_format(self.layer) else None  # the slow way makes it so
 
     def _may(self, x: torch.Tensor, given: dict[str, Any]) -> bool:
         self._hooks = self._hooks or hooks_inside(self.layer)
@@ -185,42 +179,16 @@ class OneToken:
         ready = self._ready
         if ready is not None and ready.rows >= x.shape[0] and ready.dtype == x.dtype and ready.is_current():
             return ready
-        found = _groups(self.layer)
+        found = groups_of(self.layer)
         if (
             found is None
             or len(x) > _MOST_ROWS
-            or x.dtype not in _DTYPES
+            or x.dtype not in DTYPES
             or any(g.choice and g.choice.packed.dtype != x.dtype for g in found)
         ):
             return None
         self._ready = _describe(self.layer, found, len(x), x.dtype)
         return self._ready
-
-
-def _members(layer: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Where the groups' members are: the modules that hold them, and their names, in the order of rows."""
-    attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
-    assert attention is not None and mlp is not None
-    return [
-        (attention._modules, ("q_proj", "k_proj", "v_proj")),
-        (attention._modules, ("o_proj",)),
-        (mlp._modules, ("gate_proj", "up_proj")),
-        (mlp._modules, ("down_proj",)),
-    ]
-
-
-def _groups(layer: nn.Module) -> tuple[FusedGroup, ...] | None:
-    """q/k/v, o, gate/up and down, if that is how the layer's products are grouped."""
-    groups = []
-    for modules, names in _members(layer):
-        members = [modules[name] for name in names]
-        if not all(isinstance(member, GroupSlice) for member in members):
-            return None
-        group = members[0].group
-        if len(group.sizes) != len(names) or any(m.group is not group or m.index != i for i, m in enumerate(members)):
-            return None
-        groups.append(group)
-    return tuple(groups)
 
 
 def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torch.dtype) -> Ready:
@@ -241,7 +209,7 @@ def _describe(layer: Any, groups: tuple[FusedGroup, ...], rows: int, dtype: torc
         "k": getattr(attention, "k_norm", None),
     }
     choices = tuple(group.choice for group in groups)
-    places = tuple((modules, names[0], modules[names[0]]) for modules, names in _members(layer))
+    places = tuple((modules, names[0], modules[names[0]]) for modules, names in members_of(layer))
     weights = tuple((norm._parameters, "weight", norm.weight) for norm in norms.values() if norm is not None)
     ready = Ready(groups, choices, places, weights, rows, dtype, native.Layer(), room)
     inputs = ("normed", "attended", "normed", "gated")
@@ -284,25 +252,6 @@ def _product(ready: Ready, group: FusedGroup, choice: Alternative | None, source
     return product
 
 
-def _wanted(layer: Any) -> str | None:
-    """The format that the layer's keys and values are to be kept in."""
-    forward = layer.self_attn.forward
-    return forward.name if isinstance(forward, Keeping) else None
-
-
-def may(module: nn.Module, x: torch.Tensor) -> bool:
-    """Nobody compiles, trains or wants gradients of x."""
-    if torch.compiler.is_compiling() or not x.is_contiguous() or x.device.type != "cpu" or module.training:
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad)
-
-
-def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    return float((found.float() - expected.float()).norm()) <= _SAME * float(expected.float().norm())
-
-
 def fit(angles: tuple[torch.Tensor, ...], x: torch.Tensor) -> bool:
     """Angles, cosines and sines, each (1 or sequences, 1, turned numbers), as the native call reads them."""
     cosines, sines = angles
@@ -310,9 +259,3 @@ def fit(angles: tuple[torch.Tensor, ...], x: torch.Tensor) -> bool:
     if len(shape) != 3 or shape[1] != 1 or shape[0] not in (1, x.shape[0]) or shape != sines.shape:
         return False
     return cosines.dtype == sines.dtype == x.dtype and cosines.is_contiguous() and sines.is_contiguous()
-
-
-def hooks_inside(layer: nn.Module) -> list[Any]:
-    """The hooks of all modules inside: live collections, empty as long as nobody watches."""
-    inside = [module for module in layer.modules() if module is not layer]
-    return [hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]

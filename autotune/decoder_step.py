@@ -22,7 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from autotune.cache_room import Rooms, alike_layers, holds
-from autotune.decoder import Layers, OneToken, fit, may
+from autotune.common_layer import may
+from autotune.decoder import Layers, OneToken, fit
 from autotune.kernels import changes
 from autotune.kernels.norm import FusedRMSNorm
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from autotune.errors import DeviceError
 from autotune.kernels import changes
-from autotune.kernels.cpu.norm import rms_norm
+from autotune.kernels.cpu.between import rms_norm
 
 _EPS = ("variance_epsilon", "eps")  # what model classes call it
 _DTYPES = (torch.bfloat16, torch.float32)

@@ -30,7 +30,7 @@ LAYERS = (
     ("session",),
     ("shapes", "attention_cost", "kv_cache"),
     ("reference_model", "streamed_reference", "teacher", "score", "streamed_score"),
-    ("attention", "cache_room", "decoder", "decoder_step", "runtime", "switchable"),
+    ("attention", "cache_room", "common_layer", "prompt", "decoder", "decoder_step", "runtime", "switchable"),
     ("verify", "latency_model", "models"),
     ("cache_choice",),
     ("memory_budget",),
