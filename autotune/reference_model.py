@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from autotune.compress.database import WeightDatabase, scheme_of
 from autotune.kernels.kv_formats import format_of
+from autotune.kernels.products import linear
 from autotune.kernels.reference import dequantize, quantize_activations
 from autotune.kv_cache import keep_as
 from autotune.search_space.groups import LayerGroup, ModelSpec
@@ -43,10 +44,10 @@ class ReferenceLinear(nn.Module):
         if self.activation is not None:
             x = quantize_activations(x, self.activation)
         if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)
-        if self.exact and not torch.is_grad_enabled():  # for gradients the copies would have to be kept
+            y = linear(x, self.weight)
+        elif self.exact and not torch.is_grad_enabled():  # for gradients the copies would have to be kept
             pieces = self.weight.split(_rows(self.weight.shape[1]))
-            y = torch.cat([F.linear(x, piece.to(x.dtype)) for piece in pieces], -1)
+            y = torch.cat([linear(x, piece.to(x.dtype)) for piece in pieces], -1)
         else:
             y = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from autotune.kernels.products import linear, matmul
 from autotune.kernels.reference import quantize_activations
 from autotune.reference_model import ReferenceModel
 from autotune.search_space.groups import LayerGroup
@@ -274,9 +275,9 @@ def group_sums(
             rows = slice(above + own.start, above + own.stop)
             changes = torch.stack([model.change(group, name, rows).view(-1) for name in stored.values()])
             gradients = [[gradient[:, own] for gradient in batch[number].gradients[part.name]] for number in seen]
-            plain = _products(gradients, inputs) @ changes.t()  # (documents * draws, stored)
+            plain = linear(_products(gradients, inputs), changes)  # (documents * draws, stored)
             both = torch.cat([changes, model.dense_weight(group, rows).view(1, -1)]) if moved else changes
-            extra = {form: _products(gradients, x) @ both.t() for form, x in moved.items()}
+            extra = {form: linear(_products(gradients, x), both) for form, x in moved.items()}
             for item in items:
                 at = column[item.sparsity, item.weight]
                 found = plain[:, at]
@@ -302,7 +303,7 @@ def _products(gradients: Sequence[Sequence[torch.Tensor]], inputs: Sequence[torc
     gradient, x = pairs[0]
     products = torch.empty(len(pairs), gradient.shape[1] * x.shape[1], device=x.device)
     for product, (gradient, x) in zip(products, pairs, strict=True):
-        product.copy_((gradient.t() @ x).view(-1))
+        product.copy_(matmul(gradient.t(), x).view(-1))
     return products
 
 

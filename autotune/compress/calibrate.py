@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from autotune.experts import shown_all_tokens
+from autotune.kernels.products import accumulate, matmul
 from autotune.search_space.groups import LayerGroup
 
 _CHECK_EVERY = 4
@@ -49,7 +50,7 @@ class InputStatistics:
         if self.check is None:
             return None
         rows = weight.split(max(1, _PIECE_WEIGHTS // weight.shape[1]))
-        return sum(float((part @ self.check).mul_(part).sum(dtype=torch.float64)) for part in rows)
+        return sum(float(matmul(part, self.check).mul_(part).sum(dtype=torch.float64)) for part in rows)
 
 
 def input_statistics(
@@ -127,7 +128,7 @@ def _means(
             if diagonal:
                 sums[name] += x.square().sum(0)
             else:
-                sums[name].addmm_(x.t(), x)
+                accumulate(sums[name], x, x)
             rows[name] += len(x)
 
         return hook

@@ -28,6 +28,7 @@ from autotune.compress.calibrate import InputStatistics
 from autotune.compress.curvature import damped
 from autotune.compress.database import WeightDatabase, own_name, serialized
 from autotune.compress.walk import Walk
+from autotune.kernels.products import accumulate, matmul
 from autotune.kernels.reference import quantize_activations
 from autotune.search_space.groups import LayerGroup, ModelSpec
 from autotune.search_space.schemes import scheme
@@ -81,9 +82,9 @@ class _Moments:
 
     def add(self, true: torch.Tensor, dense: torch.Tensor | None) -> None:
         """Inputs (tokens, in_features) that the group gets, and that the dense one gets."""
-        self.hessian.addmm_(true.t(), true)
+        accumulate(self.hessian, true, true)
         if self.cross is not None and dense is not None:
-            self.cross.addmm_(dense.t(), true)
+            accumulate(self.cross, dense, true)
         self.tokens += len(true)
 
 
@@ -230,7 +231,7 @@ def target(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, sha
     curvature = damped(hessian, share)
     pulled = cross.clone()
     pulled.diagonal().add_(curvature.diagonal() - hessian.diagonal())
-    wanted = (weight @ pulled).t()
+    wanted = matmul(weight, pulled).t()
     lower, failed = torch.linalg.cholesky_ex(curvature)
     if failed:
         return weight

@@ -26,6 +26,7 @@ from autotune.compress import rounding
 from autotune.compress.database import stacked_weight
 from autotune.errors import InputError, did_you_mean
 from autotune.folding import LIMIT, Fold, Site
+from autotune.kernels.products import linear
 from autotune.kernels.reference import dequantize, quantize_activations
 from autotune.kernels.spec import GroupWeight
 from autotune.search_space.groups import LayerGroup
@@ -161,8 +162,8 @@ def _error(weight: torch.Tensor, inputs: _Inputs, scale: torch.Tensor, item: Sch
     made = dequantize(GroupWeight(item.name, codes=found.codes, scales=found.scales, zeros=found.zeros))
     x = inputs.tokens / scale
     seen = x if item.activation is None else quantize_activations(x, item.activation)
-    exact = inputs.tokens @ weight.t()
-    return float((seen @ made.t() - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+    exact = linear(inputs.tokens, weight)
+    return float((linear(seen, made) - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import torch
 
 from autotune.compress.curvature import damped
 from autotune.kernels.patterns import choose
+from autotune.kernels.products import matmul
 from autotune.search_space.schemes import Scheme
 
 # On the demo model 60 and 20 steps lower the layers' error by 14% and the model's loss by no more than 1%.
@@ -36,7 +37,7 @@ class Spectrum:
 
     def filtered(self, response: torch.Tensor) -> torch.Tensor:
         """(in, in): the matrix with these eigenvalues in place of its own."""
-        return (self.vectors * response) @ self.vectors.t()
+        return matmul(self.vectors * response, self.vectors.t())
 
 
 def spectrum(hessian: torch.Tensor) -> Spectrum:
@@ -50,11 +51,11 @@ def admm_mask(weight: torch.Tensor, inputs: Spectrum, item: Scheme, steps: int =
     target = weight * inputs.power
     penalty = _PENALTY
     solve = inputs.filtered(1 / (inputs.values + penalty))
-    pull = target @ inputs.filtered(inputs.values)
+    pull = matmul(target, inputs.filtered(inputs.values))
     keep = last = choose(target.abs(), item)
     pruned, dual = target * keep, torch.zeros_like(target)
     for step in range(1, steps + 1):
-        free = torch.sub(pull, dual).add_(pruned, alpha=penalty) @ solve
+        free = matmul(torch.sub(pull, dual).add_(pruned, alpha=penalty), solve)
         wanted = torch.add(free, dual, alpha=1 / penalty)
         keep = choose(wanted.abs(), item)
         pruned = wanted * keep
@@ -74,11 +75,11 @@ def least_squares(
     curvature = damped(hessian)
     diagonal = curvature.diagonal()
     found = weight * keep
-    residual = ((weight - found) @ curvature).mul_(keep)
+    residual = matmul(weight - found, curvature).mul_(keep)
     direction = residual / diagonal
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
-        moved = (direction @ curvature).mul_(keep)
+        moved = matmul(direction, curvature).mul_(keep)
         length = power / (direction * moved).sum(1, keepdim=True).clamp_min(1e-30)
         found.addcmul_(length, direction)
         residual.addcmul_(length, moved, value=-1)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from autotune.kernels.products import linear
 from autotune.kernels.reference import quantize_activations
 from autotune.recover.quantizer import Master
 from autotune.search_space.groups import LayerGroup, ModelSpec
@@ -83,9 +83,9 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.group.teaching:
-            y = F.linear(x.to(self.dense.dtype), self.dense)
+            y = linear(x.to(self.dense.dtype), self.dense)
         else:
-            y = F.linear(self.group.inputs(x), self.group.leaves[self.index])
+            y = linear(self.group.inputs(x), self.group.leaves[self.index])
         return y.to(x.dtype) if self.bias is None else y.to(x.dtype) + self.bias
 
 
