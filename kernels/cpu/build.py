@@ -13,6 +13,7 @@ import shlex
 import struct
 import subprocess
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -36,12 +37,13 @@ def sources(name: str) -> list[Path]:
 def libraries() -> list[str]:
     """All that this CPU uses, the one that compiles longest first."""
     found = {path.name.partition(".")[0] for path in FOLDER.glob("*.cpp")}
-    return sorted(filter(is_used, found), key=lambda name: (name != "integer", name))
-
-
-def is_used(name: str) -> bool:
-    """Whether this CPU has the instructions that the library is for, and nothing better."""
     features = detect_cpu().features
+    usable = (name for name in found if is_used(name, features))
+    return sorted(usable, key=lambda name: (name != "integer", name))
+
+
+def is_used(name: str, features: Collection[str]) -> bool:
+    """Whether a CPU with these features has the instructions that the library is for, and nothing better."""
     if name.startswith("amx"):
         return "amx_tile" in features
     return name != "flash" or ("avx512_bf16" in features and "amx_bf16" not in features)

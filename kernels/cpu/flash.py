@@ -14,6 +14,7 @@ import torch
 
 from autotune.errors import DeviceError
 from autotune.kernels.cpu import build
+from autotune.targets.detect import detect_cpu
 
 _PANEL = 32  # a head's width is a multiple of it
 _pointer, _size = ctypes.c_void_p, ctypes.c_int64
@@ -49,7 +50,7 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 @cache
 def available() -> bool:
     """Whether this CPU has the instructions, no tiles, and a compiler."""
-    return build.is_used("flash") and build.available("flash")
+    return build.is_used("flash", detect_cpu().features) and build.available("flash")
 
 
 def attend(
