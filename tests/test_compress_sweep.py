@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import sanitized
 import torch
-from native import AVX2, FEATURES, NATIVE
+from native import AVX2, NATIVE
 
 from autotune.compress import curvature, rounding, sweep, wanda
 from autotune.compress.curvature import damped, sweep_factor
@@ -243,15 +241,4 @@ def test_without_a_compiler_integers_are_swept_by_torch(monkeypatch):
 @pytest.mark.parametrize("instructions", [NATIVE, AVX2], ids=["native", "avx2"])
 def test_sanitizers_find_nothing_and_the_numbers_are_gptqs(tmp_path, instructions):
     """`sweep_harness.cpp`: buffers of exactly the size needed against a plain sweep in double precision."""
-    if instructions is AVX2 and "avx2" not in FEATURES:
-        pytest.skip("this CPU lacks avx2")
-    program, source = tmp_path / "harness", Path(__file__).with_name("sweep_harness.cpp")
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *instructions, f"-I{build.FOLDER}"]
-    command = [*shlex.split(compiler() or "c++"), *flags, str(source), "-o", str(program)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if made.returncode and "sanitize" in made.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert made.returncode == 0, made.stderr
-    environment = {"ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, env=environment)
-    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+    sanitized.run("sweep", instructions, tmp_path)

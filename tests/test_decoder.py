@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import shlex
-import subprocess
-from pathlib import Path
 
 import pytest
+import sanitized
 import torch
 import transformers
 from native import AVX2, NATIVE
@@ -16,12 +14,11 @@ from autotune import cache_room, runtime
 from autotune.decoder import OneToken, fuse_decoder_layers
 from autotune.errors import DeviceError
 from autotune.kernels import reference
-from autotune.kernels.cpu import build as build_module
 from autotune.kernels.cpu import decoder as native
 from autotune.kernels.linear import ZEROS, Alternative, FusedGroup, alternative, install
 from autotune.kernels.spec import KERNELS, GroupWeight, load
 from autotune.search_space.rules import lacking
-from autotune.targets.detect import compiler, detect_cpu
+from autotune.targets.detect import detect_cpu
 
 FEATURES = detect_cpu().features
 pytestmark = pytest.mark.skipif("cxx" not in FEATURES, reason="there is no C++ compiler")
@@ -385,16 +382,4 @@ def test_without_a_compiler_nothing_is_changed(monkeypatch):
 @pytest.mark.parametrize("instructions", [NATIVE, AVX2], ids=["native", "avx2"])
 def test_sanitizers_find_nothing_in_the_native_layer(tmp_path, instructions):
     """Buffers of exactly the size needed, odd sizes, every code of a cache, and the exponential by the library's."""
-    if instructions is AVX2 and "avx2" not in FEATURES:
-        pytest.skip("this CPU lacks avx2")
-    program, source = tmp_path / "harness", Path(__file__).with_name("decoder_harness.cpp")
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *instructions, f"-I{build_module.FOLDER}"]
-    command = [*shlex.split(compiler() or "c++"), *flags, str(source), "-o", str(program)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if made.returncode and "sanitize" in made.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert made.returncode == 0, made.stderr
-    done = subprocess.run(
-        [str(program)], capture_output=True, text=True, timeout=120, env={"ASAN_OPTIONS": "detect_leaks=0"}
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+    sanitized.run("decoder", instructions, tmp_path)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-from pathlib import Path
-
 import pytest
+import sanitized
 import torch
 from native import NATIVE
 
 from autotune.errors import DeviceError
 from autotune.kernels.cpu import build, flash
-from autotune.targets.detect import compiler, detect_cpu
+from autotune.targets.detect import detect_cpu
 
 FEATURES = detect_cpu().features
 needed = pytest.mark.skipif(
@@ -139,16 +136,7 @@ def test_what_it_takes():
 @needed
 def test_sanitizers_find_nothing(tmp_path):
     """`flash_harness.cpp`: buffers of exactly the size needed."""
-    program, source = tmp_path / "harness", Path(__file__).with_name("flash_harness.cpp")
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *NATIVE, f"-I{build.FOLDER}"]
-    command = [*shlex.split(compiler() or "c++"), *flags, str(source), "-o", str(program)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if made.returncode and "sanitize" in made.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert made.returncode == 0, made.stderr
-    environment = {"ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, env=environment)
-    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+    sanitized.run("flash", NATIVE, tmp_path)
 
 
 @pytest.mark.parametrize(
