@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import second_device
 import tiny
 import torch
 
@@ -23,11 +24,14 @@ from autotune.config import RunConfig
 from autotune.kernels import bank, linear, operator
 from autotune.kernels.reference import reference_linear
 from autotune.kernels.spec import Form, GroupWeight, Packed
+from autotune.models import Models
+from autotune.passes import StaticRequest
 from autotune.place import Place
 from autotune.plan import Plan
 from autotune.profilers.cuda_timer import rehearsed
 from autotune.recover import run as recover_run
 from autotune.recover.job import Options
+from autotune.result import Result
 from autotune.targets import target
 from autotune.tune import tune
 
@@ -49,9 +53,23 @@ def loop(
         made = tune(RunConfig.of(**tiny.settings(model, run, data, **(settings | changes))))
         assert made.plan is not None and made.losses is not None
         found = {"plan": made.plan.digest(), "losses": made.losses.to_csv(), "outputs": _outputs(run, device)}
-        if made.end_to_end is not None:
-            found["ran"] = sorted(item.name for item in made.end_to_end.runs)
+        found |= _passes(made, device)
         return found | (_recovered(run, device, recovered) if recovered else {})
+
+
+def _passes(made: Result, device: torch.device) -> dict[str, Any]:
+    """What a graph would hold of the plan's model, and what these passes wait for, which no graph can."""
+    models = Models(made.session, made.space, made.table)
+    models.database = made.database
+    assert models.runnable is not None and made.plan is not None
+    models.runnable.select(made.plan.configuration)
+    request = StaticRequest(models.runnable.model, 2, 7, 16, device)
+    with torch.inference_mode():
+        outputs = [request.prefill(), request.decode(), request.decode()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers asks
+            waits = second_device.waits(lambda: (request.prefill(), request.decode()))
+    return {"passes": outputs, "waits": dict(waits)}
 
 
 def _recovered(run: Path, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +102,7 @@ def _on(device: torch.device) -> Iterator[None]:
         patch.setattr(session, "resolve_target", lambda name: (profile, True))
         patch.setattr(session, "place_of", lambda item: Place(device, rehearsed()))
         patch.setattr(runtime, "device_of", lambda kernels: device)
+        patch.setattr(runtime, "quicken", lambda model: None)  # on a CPU alone
         patch.setattr(recover_run, "device_of", lambda name: device)
         patch.setattr("autotune.recover.texts.LENGTH", 32)
         for user, name in _USERS:

@@ -71,6 +71,15 @@ def test_fp32_on_a_card_is_fp32():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_memory_left_is_that_of_the_device(monkeypatch):
+    """What is free on a card, and what torch holds of it in reserve."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert Place(torch.device("cuda:0")).available_bytes == 1200
+    assert CPU.available_bytes > 1200
+
+
 def test_pieces_are_of_a_cache_on_a_cpu_and_large_elsewhere():
     weight = torch.zeros(2**10, 2**10)
     assert len(rounding._parts(weight, 1)) == 4
