@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 from torch import nn
 
@@ -47,7 +46,7 @@ class Models:
         """Until the next stage that runs some: let go of a large model's packed weights, if memory is short. The
         next one packs them again."""
         losses = 2 * samples.parameters(self.session.spec) * (2 if self.session.arithmetic == "bf16" else 4) + 2**30
-        if available_memory() < 2 * losses:
+        if self.session.place.available_bytes < 2 * losses:
             self._let_go("runnable")
 
     def _let_go(self, *names: str) -> None:
@@ -107,17 +106,3 @@ class Models:
         progress = session.progress("pack")
         weights, place = self.weights, session.place
         return switchable(session.opened, self.space, self.table, session.workload, weights, cache, progress, place)
-
-
-def available_memory() -> int:
-    """Bytes that this process could still take: of the machine and of its control group; 0 where neither is told."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 0
-    try:
-        group = Path("/sys/fs/cgroup")
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return free

@@ -136,7 +136,7 @@ class ReferenceModel:
         step = _rows(group.in_features)
         for start in range(0, group.out_features, step):
             rows = slice(start, start + step)
-            weight[rows] = dequantize(self.database.load(group, name, rows=rows))
+            weight[rows] = dequantize(self.database.load(group, name, rows=rows, device=self.device))
         if self._keeps:
             self._cache[group.name, name] = weight
         return weight
@@ -145,7 +145,7 @@ class ReferenceModel:
         """(out, in) fp32: what a scheme adds to the dense weights, or to some rows of them."""
         if self._keeps:
             return self.weight(group, name)[rows] - self.dense_weight(group, rows)
-        made = dequantize(self.database.load(group, name, rows=rows)).to(self.device)
+        made = dequantize(self.database.load(group, name, rows=rows, device=self.device))
         return made.sub_(self.dense_weight(group, rows))
 
     def _set(self, group: LayerGroup, name: str) -> None:

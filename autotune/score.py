@@ -24,6 +24,7 @@ import torch
 
 from autotune.kernels.products import linear, matmul
 from autotune.kernels.reference import quantize_activations
+from autotune.place import at_a_time
 from autotune.reference_model import ReferenceModel
 from autotune.search_space.groups import LayerGroup
 from autotune.search_space.schemes import NumberFormat, scheme
@@ -269,7 +270,7 @@ def group_sums(
         inputs = [batch[number].inputs[part.name] for number in seen]  # each (tokens, in)
         moved = {form: [_moved(x, form) for x in inputs] for item in items if (form := item.activation) is not None}
         above = group.rows(expert).start
-        step = max(1, _PRODUCTS // (max(1, len(seen)) * draws * group.in_features))
+        step = max(1, at_a_time(model.device, _PRODUCTS, 2**27) // (max(1, len(seen)) * draws * group.in_features))
         for start in range(0, part.out_features if seen else 0, step):
             own = slice(start, min(start + step, part.out_features))
             rows = slice(above + own.start, above + own.stop)

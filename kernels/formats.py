@@ -18,6 +18,7 @@ FP16_SMALLEST_NORMAL = 2.0**-14
 LARGEST_SCALE = 255.0 * 2**8  # 8 significant bits, just under fp16's largest number
 _E4M3_LARGEST = 448.0
 _E4M3_SMALLEST = 2.0**-9
+_FP32_FRACTION, _FP32_BIAS = 23, 127  # bits of the fraction, and what is added to exponents
 _UNITS = (-20, 7)  # exponents of NVFP4's scale of a tensor: with e4m3 they cover what fp16 holds as normal numbers
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -107,11 +108,21 @@ def round_scale(scales: torch.Tensor) -> torch.Tensor:
 def round_scales(scales: torch.Tensor, number: NumberFormat, unit: float = 1.0) -> torch.Tensor:
     """Scales as the format can write them; `unit` is the tensor's own scale where it has one (see `scale_unit`)."""
     if number.scale == "e8m0":
-        return torch.exp2(scales.log2().round_()).clamp_(FP16_SMALLEST_NORMAL, 2.0**15)
+        return powers_of_two(scales.log2().round_().clamp_(-14, 15))  # what fp16 holds as normal numbers
     if number.scale == "e4m3":
         least = max(_E4M3_SMALLEST, FP16_SMALLEST_NORMAL / unit)
         return (scales / unit).clamp_(least, _E4M3_LARGEST).to(torch.float8_e4m3fn).float().mul_(unit)
     return round_scale(scales)
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2^n in fp32, n within -126 and 127, by its bits: exp2 of another device may be off by the last one."""
+    return (exponents.int() + _FP32_BIAS << _FP32_FRACTION).view(torch.float32)
+
+
+def exponents(powers: torch.Tensor) -> torch.Tensor:
+    """The n, int32, of fp32 numbers that are 2^n."""
+    return (powers.contiguous().view(torch.int32) >> _FP32_FRACTION) - _FP32_BIAS
 
 
 def scale_unit(largest: float) -> float:

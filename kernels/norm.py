@@ -32,7 +32,8 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if torch.compiler.is_compiling() or x.dtype != weight.dtype or (torch.is_grad_enabled() and _traced(x, weight)):
+        plain = torch.compiler.is_compiling() or x.dtype != weight.dtype or not x.is_cpu
+        if plain or (torch.is_grad_enabled() and _traced(x, weight)):
             wide = x.float()
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
             return weight * wide.to(x.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from autotune.kernels import patterns
-from autotune.kernels.formats import scale_unit
+from autotune.kernels.formats import exponents, powers_of_two, scale_unit
 from autotune.kernels.packing import compress_24, expand_24, pack_codes, unpack_codes
 from autotune.kernels.spec import GroupWeight
 from autotune.search_space.schemes import NumberFormat, Scheme, scheme, survivors
@@ -85,7 +85,7 @@ def stored_rows(item: Scheme, key: str, start: int, stop: int) -> slice:
 
 def _pack_scales(scales: torch.Tensor, number: NumberFormat) -> dict[str, torch.Tensor]:
     if number.scale == "e8m0":
-        return {"scales": (scales.log2() + _E8M0_BIAS).to(torch.uint8)}  # exact: powers of two
+        return {"scales": exponents(scales).add_(_E8M0_BIAS).to(torch.uint8)}
     if number.scale == "e4m3":
         unit = scale_unit(float(scales.max()))
         return {"scales": (scales / unit).to(torch.float8_e4m3fn), "unit": torch.tensor([unit], device=scales.device)}
@@ -95,5 +95,5 @@ def _pack_scales(scales: torch.Tensor, number: NumberFormat) -> dict[str, torch.
 def _unpack_scales(tensors: Mapping[str, torch.Tensor], number: NumberFormat) -> torch.Tensor:
     scales = tensors["scales"].float()
     if number.scale == "e8m0":
-        return torch.exp2(scales - _E8M0_BIAS)
+        return powers_of_two(scales - _E8M0_BIAS)
     return scales * tensors["unit"] if number.scale == "e4m3" else scales

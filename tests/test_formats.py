@@ -70,6 +70,13 @@ def test_nf4_is_the_table_of_normal_quantiles():
     assert torch.allclose(formats.table(scheme("w4a16-nf4-g64").weight), expected / expected.max(), atol=1e-5)
 
 
+def test_powers_of_two_are_exact_both_ways():
+    exponents = torch.arange(-126, 128)
+    powers = formats.powers_of_two(exponents.float())
+    assert powers.tolist() == [2.0**n for n in exponents.tolist()]
+    assert torch.equal(formats.exponents(powers.view(2, -1).t()).t().flatten(), exponents.int())
+
+
 def test_scales_are_what_their_encoding_holds():
     drawn = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + 1e-3
     powers = formats.round_scales(drawn, scheme("w4a16-mxfp4").weight)

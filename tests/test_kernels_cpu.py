@@ -9,7 +9,7 @@ import pytest
 import torch
 from native import assert_close, cases, inputs_of, normal, one_thread, run, threads, weight  # noqa: F401 - a fixture
 
-from autotune.errors import InputError
+from autotune.errors import DeviceError, InputError
 from autotune.kernels.cpu import decoder
 from autotune.kernels.spec import GroupWeight, load
 from autotune.search_space.schemes import scheme
@@ -244,6 +244,14 @@ def test_no_rows_at_all(spec, name, dtype):
         y = pool.submit(load(spec).run, packed, torch.empty(0, packed.in_features, dtype=dtype)).result()
     assert y.shape == (0, 33)
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(("spec", "name", "dtype"), cases())
+def test_activations_elsewhere_are_refused(spec, name, dtype):
+    """As of a model that was moved to a card: their address means nothing here."""
+    packed = load(spec).pack(weight(name, 33, inputs_of(name, 100)[0], dtype), dtype)
+    with pytest.raises(DeviceError, match=r"kernel\.device.* on meta"):
+        load(spec).run(packed, torch.empty(2, packed.in_features, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize(("spec", "name", "dtype"), cases("integer"))

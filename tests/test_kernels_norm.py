@@ -138,3 +138,10 @@ def test_weights_that_are_not_in_memory_are_left():
     with torch.device("meta"):
         model = nn.Sequential(LlamaRMSNorm(64))
     assert fuse_norms(model) == 0
+
+
+@torch.no_grad()
+def test_elsewhere_than_on_a_cpu_torch_computes_it():
+    ours = FusedRMSNorm(module().weight, 1e-6).to("meta")
+    found = ours(torch.empty(3, 64, dtype=torch.bfloat16, device="meta"))
+    assert found.is_meta and found.dtype == torch.bfloat16 and found.shape == (3, 64)

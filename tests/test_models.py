@@ -10,7 +10,8 @@ import yaml
 
 from autotune import samples
 from autotune.config import RunConfig
-from autotune.models import Models, available_memory
+from autotune.models import Models
+from autotune.place import available_memory
 from autotune.run import RunFolder, silent
 from autotune.session import open_session
 from autotune.tune import tune
@@ -65,7 +66,7 @@ def test_a_large_model_run_in_fp32_is_measured_in_fp32(models, tmp_path, monkeyp
 @pytest.mark.parametrize("plenty", [False, True])
 def test_the_loop_holds_two_large_models_only_where_memory_is_plenty(home, tmp_path, monkeypatch, plenty):
     monkeypatch.setattr(samples, "LARGE", 0)
-    monkeypatch.setattr("autotune.models.available_memory", lambda: 2**40 if plenty else 0)
+    monkeypatch.setattr("autotune.place.available_memory", lambda: 2**40 if plenty else 0)
     held, made = [], []
     init = Models.__init__
 

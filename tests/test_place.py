@@ -10,13 +10,13 @@ from transformers import MistralConfig, MistralForCausalLM
 from autotune import session as session_module
 from autotune import verify
 from autotune.certify import certify
-from autotune.compress import database
+from autotune.compress import database, rounding
 from autotune.config import RunConfig
 from autotune.errors import DeviceError
 from autotune.kernels import scratch
 from autotune.model import load_mixed, load_model, open_model
 from autotune.passes import StaticRequest
-from autotune.place import CPU, Place, device_of, place_of
+from autotune.place import CPU, Place, cuda_device, device_of, place_of
 from autotune.profilers.cuda_timer import Recording, rehearsed
 from autotune.reference_model import ReferenceModel
 from autotune.run import RunFolder, silent
@@ -59,6 +59,31 @@ def test_a_device_that_is_not_here_is_an_error():
         place_of(target.load("h100"))
     with pytest.raises(DeviceError, match=r"device\.missing"):
         device_of(["torch.cpu.bf16", "triton.w4a16"])
+
+
+def test_fp32_on_a_card_is_fp32():
+    """Also where the environment asks torch for TF32."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert cuda_device() == torch.device("cuda:0")
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_memory_left_is_that_of_the_device(monkeypatch):
+    """What is free on a card, and what torch holds of it in reserve."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert Place(torch.device("cuda:0")).available_bytes == 1200
+    assert CPU.available_bytes > 1200
+
+
+def test_pieces_are_of_a_cache_on_a_cpu_and_large_elsewhere():
+    weight = torch.zeros(2**10, 2**10)
+    assert len(rounding._parts(weight, 1)) == 4
+    assert len(rounding._parts(weight.to("meta"), 1)) == 1
 
 
 @pytest.fixture(scope="module")

@@ -249,9 +249,9 @@ def test_what_is_not_cached_is_read_once_a_batch(references, monkeypatch):
     read = []
     load = type(model.database).load
 
-    def counted(self, group, name, bias=None, rows=slice(None)):
+    def counted(self, group, name, *where, **named):
         read.append((group.name, scheme(name).sparsity, scheme(name).weight))
-        return load(self, group, name, bias, rows)
+        return load(self, group, name, *where, **named)
 
     monkeypatch.setattr(type(model.database), "load", counted)
     table = score(model, space, tiny.tokens(6))

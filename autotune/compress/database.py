@@ -42,9 +42,15 @@ class WeightDatabase:
     entries: dict[tuple[str, str], str]
 
     def load(
-        self, group: LayerGroup, name: str, bias: torch.Tensor | None = None, rows: slice = slice(None)
+        self,
+        group: LayerGroup,
+        name: str,
+        bias: torch.Tensor | None = None,
+        rows: slice = slice(None),
+        device: torch.device | str = "cpu",
     ) -> GroupWeight:
-        """Unpacked canonical weights of one entry, or of some of its output rows; only these are read."""
+        """Unpacked canonical weights of one entry, or of some of its output rows; only these are read. They go to the
+        device as they are stored, and are unpacked there."""
         from safetensors import safe_open
 
         if (group.name, name) not in self.entries:
@@ -53,7 +59,7 @@ class WeightDatabase:
         with safe_open(self.folder / self.entries[group.name, name], framework="pt") as file:
             start, stop, _ = rows.indices(group.out_features)
             wanted = {key: stored_rows(item, key, start, stop) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            tensors = {key: file.get_slice(key)[part] for key, part in wanted.items()}
+            tensors = {key: file.get_slice(key)[part].to(device) for key, part in wanted.items()}
         within = start % item.weight.rows if item.weight.rows else 0
         return unpack(item, group.in_features, tensors, None if bias is None else bias[rows], within)
 

@@ -22,6 +22,7 @@ from autotune.kernels.packing import movable
 from autotune.kernels.patterns import choose
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight
+from autotune.place import at_a_time
 from autotune.search_space.schemes import NumberFormat, Scheme, Sparsity
 
 Method = Callable[[torch.Tensor, InputStatistics, Sequence[Scheme]], list[GroupWeight]]
@@ -130,7 +131,7 @@ def _swept(
     # Scales that rows share need all rows; where a scheme is sparse they wait for the weights that survive.
     grids = {i.name: rounding.find_grid(weight, inputs.moment, i.weight) for i in coded if i.sparsity == "dense"}
     parts: list[list[GroupWeight]] = []
-    step = max(1, _ROWS_OF_WEIGHTS // weight.shape[1])
+    step = max(1, at_a_time(weight.device, _ROWS_OF_WEIGHTS, 2**25) // weight.shape[1])
     for first in range(0, len(weight), step):
         part = slice(first, first + step)
         fits = {"dense": _Fit(weight[part])} | {name: pruned(weight[part], item) for name, item in patterns.items()}

@@ -20,6 +20,7 @@ import torch
 
 from autotune.kernels import formats
 from autotune.kernels.cpu import grid as native
+from autotune.place import at_a_time
 from autotune.search_space.schemes import NumberFormat
 
 SHRINK = tuple(1.0 - 0.5 * step / 20 for step in range(20))
@@ -58,7 +59,7 @@ def quantize(
     grid = find_grid(weight, moment, number, keep)
     codes = torch.empty(rows, columns, dtype=formats.code_type(number), device=weight.device)
     groups = grid.scales.shape[1]
-    for part in _parts(rows, columns, 1):
+    for part in _parts(weight, 1):
         chunk = weight[part] if keep is None else weight[part] * keep[part]
         scales, zeros = grid.scales[part].unsqueeze(-1), None if grid.zeros is None else grid.zeros[part].unsqueeze(-1)
         levels = formats.round_to(chunk.reshape(len(chunk), groups, -1) / scales, number, zeros)
@@ -83,7 +84,7 @@ def find_grid(
         return Grid(*native.find_grid(weight, keep, importance, shrinks, size, number.qmax, number.symmetric))
     importance = importance.view(1, columns // size, size)
     found = []
-    for part in _parts(rows, columns, number.rows):
+    for part in _parts(weight, number.rows):
         chunk = weight[part] if keep is None else weight[part] * keep[part]
         found.append(_search(chunk.reshape(len(chunk), -1, size), importance, number, unit))
     zeros = [grid.zeros for grid in found if grid.zeros is not None]
@@ -96,14 +97,14 @@ def _is_native(weight: torch.Tensor, number: NumberFormat) -> bool:
 
 
 def _largest(weight: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    parts = [weight[p] if keep is None else weight[p] * keep[p] for p in _parts(len(weight), weight.shape[1], 1)]
+    parts = [weight[p] if keep is None else weight[p] * keep[p] for p in _parts(weight, 1)]
     return torch.stack([part.abs().max() for part in parts]).max()
 
 
-def _parts(rows: int, columns: int, together: int) -> list[slice]:
+def _parts(weight: torch.Tensor, together: int) -> list[slice]:
     """Pieces of rows, each a multiple of the rows that share a scale."""
-    step = max(1, _CHUNK_WEIGHTS // columns // together) * together
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    step = max(1, at_a_time(weight.device, _CHUNK_WEIGHTS) // weight.shape[1] // together) * together
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def _search(

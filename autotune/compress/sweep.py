@@ -25,6 +25,7 @@ from autotune.compress.curvature import SweepFactor
 from autotune.compress.rounding import Grid
 from autotune.kernels.cpu import sweep as native
 from autotune.kernels.formats import round_to
+from autotune.place import at_a_time
 from autotune.search_space.schemes import NumberFormat
 
 _BLOCK = 32  # inputs swept before their errors are carried to the rest by one product
@@ -89,7 +90,7 @@ def _by_torch(starts: Sequence[Start], factor: SweepFactor) -> list[torch.Tensor
     if not starts:
         return []
     rows = len(starts[0].weight)
-    step = max(1, _LINE // len(starts))
+    step = max(1, at_a_time(factor.upper.device, _LINE, 2**17) // len(starts))
     levels = [torch.empty_like(start.weight) for start in starts]
     for first in range(0, rows, step):
         part = slice(first, first + step)

@@ -83,7 +83,7 @@ class Distillation:
         """One optimizer step; returns the batch's loss before it: nats a token, or by block a relative error."""
         ids = self.sequences.batch(self.done * self.count, self.count, self.recipe.seed).to(self.student.device)
         by_block = self.recipe.by_block(self.done)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=ids.device)  # read at the end: a device goes on until then
         for part in ids.split(self._part(ids)):
             total += (self._part_by_block if by_block else self._part_end_to_end)(part, len(part) / len(ids))
             self.student.collect()
@@ -93,7 +93,7 @@ class Distillation:
                 group.master.follow()
         self.student.refresh()
         self.done += 1
-        return total
+        return float(total)
 
     @torch.no_grad()
     def check(self) -> float:
@@ -148,7 +148,7 @@ class Distillation:
             return distance(outputs, wanted)
         return divergence(outputs, wanted, temperatures)
 
-    def _part_end_to_end(self, ids: torch.Tensor, share: float) -> float:
+    def _part_end_to_end(self, ids: torch.Tensor, share: float) -> torch.Tensor:
         """Its loss is that of the outputs; hidden states pull too, each by its relative error."""
         states: list[torch.Tensor] = []
         apart: list[torch.Tensor] = []
@@ -158,27 +158,27 @@ class Distillation:
             loss = self._loss(self.student.outputs(ids), wanted, TEMPERATURES) * share
         pull = torch.stack(apart).sum() * share if apart else loss.new_zeros(())
         (loss + pull).backward()
-        return float(loss.detach())
+        return loss.detach()
 
-    def _part_by_block(self, ids: torch.Tensor, share: float) -> float:
+    def _part_by_block(self, ids: torch.Tensor, share: float) -> torch.Tensor:
         """Every block pulled towards the dense one's output, and what comes after the last towards the logits."""
         states: list[torch.Tensor] = []
         with self.student.teaching(), _hooked(self._blocks, lambda _, output: states.append(output)):
             wanted = self.student.outputs(ids)
-        losses: list[float] = []
+        losses: list[torch.Tensor] = []
 
         def learn(index: int, output: torch.Tensor) -> torch.Tensor:
             loss = distance(output, states[index]) * share
             if loss.requires_grad:
                 loss.backward()
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
             return output.detach()
 
         with _hooked(self._blocks, learn):
             loss = self._loss(self.student.outputs(ids), wanted) * share
         if loss.requires_grad:
             loss.backward()
-        return sum(losses) / max(1, len(losses))
+        return torch.stack(losses).mean() if losses else loss.detach()
 
     @torch.no_grad()
     def _move(self, rate: float) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from autotune.compress.database import WeightDatabase
 from autotune.errors import UsageError
 from autotune.model import load_tokenizer
+from autotune.place import cuda_device
 from autotune.recover import texts
 from autotune.recover.distill import BATCH_TOKENS, BLOCK_SHARE, RATE, Distillation, Recipe
 from autotune.recover.quantizer import Master
@@ -90,7 +91,7 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise UsageError("recover.device", f"there is no device {name!r} here.", "Use --device cpu.")
-    return torch.device(name)
+    return cuda_device() if name == "cuda" else torch.device("cpu")
 
 
 def sequences_of(session: Session, options: Options) -> Sequences:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_CHUNK_ELEMENTS = 2**17  # logits are compared in pieces of positions that stay in cache
+from autotune.place import logits_at_a_time
 
 
 class Divergence(torch.autograd.Function):
@@ -29,7 +29,7 @@ class Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, teacher: torch.Tensor, temperatures: tuple[float, ...]) -> torch.Tensor:
         gradient = torch.zeros_like(logits)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        step = max(1, logits_at_a_time(logits.device) // logits.shape[1])
         for start in range(0, len(logits), step):
             rows = slice(start, start + step)
             for t in temperatures:

@@ -20,6 +20,7 @@ from autotune.kernels import formats
 from autotune.kernels.patterns import kept_mask
 from autotune.kernels.reference import dequantize
 from autotune.kernels.spec import GroupWeight
+from autotune.place import at_a_time
 from autotune.search_space.schemes import scheme
 
 _PIECE_WEIGHTS = 2**18  # rows are rounded in pieces that stay in cache
@@ -111,5 +112,5 @@ class Master:
 
     def _pieces(self) -> list[slice]:
         rows, columns = self.weight.shape
-        step = max(1, _PIECE_WEIGHTS // columns)
+        step = max(1, at_a_time(self.weight.device, _PIECE_WEIGHTS) // columns)
         return [slice(start, start + step) for start in range(0, rows, step)]

@@ -98,6 +98,7 @@ def recover(
         distillation.student.model.to("meta")
         del distillation
         give_back()
+        job.session.place.make_room()
         key = "stopped" if trained.stopped else digest([inputs, repr(recipe)])
         value = _conclude(job, folder, database, about, trained, report)
         value |= {"searched": tried.to_json() if tried else None, "promise": _promise(tried, value), "key": key}

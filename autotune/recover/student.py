@@ -8,11 +8,12 @@ up in fp32 over the parts of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune.kernels.products import linear
 from autotune.kernels.reference import quantize_activations
@@ -129,9 +130,10 @@ class Student:
 
     def outputs(self, ids: torch.Tensor) -> torch.Tensor:
         """Sequences (count, positions) to logits, or an encoder's last hidden states: (count, positions, width)."""
-        if self.spec.task == "encoder":
-            return self.model(ids).last_hidden_state  # type: ignore[no-any-return]
-        return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+        with _attention(ids.device):
+            if self.spec.task == "encoder":
+                return self.model(ids).last_hidden_state  # type: ignore[no-any-return]
+            return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
     def refresh(self) -> None:
         for group in self.groups.values():
@@ -140,6 +142,11 @@ class Student:
     def collect(self) -> None:
         for group in self.groups.values():
             group.collect()
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CUDA device the plain kernels: fast ones add gradients up in any order, and sequences here are short."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
 def _replace(model: nn.Module, group: LayerGroup, master: Master) -> TrainedGroup:

@@ -138,4 +138,5 @@ class _Run:
         self._saved = time.monotonic()
 
     def _masters(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.distillation.masters().items()}
+        """A copy on the host: a device has better use for its memory."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.distillation.masters().items()}

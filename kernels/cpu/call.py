@@ -43,8 +43,11 @@ class NativeLinear:
         """y = x W^T + b.
 
         Raises:
-            DeviceError: `kernel.memory`; what `function` raises.
+            DeviceError: `kernel.device`, `kernel.memory`; what `function` raises.
         """
+        if not x.is_cpu:
+            message = f"weights that are packed for a CPU were given activations on {x.device}."
+            raise DeviceError("kernel.device", message, "Keep the model on the CPU, or tune it for that device.")
         rows = x.shape[0]
         y = x.new_empty(rows, packed.out_features)  # faster than torch.empty by 0.2 us or more
         if self.function(packed.data[0], x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads()):
