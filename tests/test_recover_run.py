@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import autotune
-from autotune import cli, recover_command
+from autotune import cli, place, recover_command
 from autotune.cleaning import clean
 from autotune.config import RunConfig
 from autotune.errors import AutotuneError, InputError, UsageError, VerificationError
@@ -25,6 +24,7 @@ from autotune.recover import run as recover_module
 from autotune.recover import training
 from autotune.recover.job import Options
 from autotune.recover.run import recover
+from autotune.session import Session
 from autotune.tune import tune
 
 TRAINED = "uniform 2:4+w8a8-int8"
@@ -41,12 +41,7 @@ def _quick():
 def home(tmp_path_factory):
     """A finished run, and text to train on; latencies are arithmetic."""
     folder = tmp_path_factory.mktemp("recover")
-    tiny.make_model("llama", folder / "model", initializer_range=0.2, num_hidden_layers=1)
-    tiny.write_documents(folder / "data.jsonl", 16, 200)
-    letters = np.random.default_rng(7).integers(97, 123, 6000)
-    (folder / "more.txt").write_text(bytes(letters.tolist()).decode())
-    settings = tiny.settings(folder / "model", folder / "run", folder / "data.jsonl", max_loss=0.5, trials=4)
-    tune(RunConfig.of(**settings))
+    tune(RunConfig.of(**tiny.trainable(folder)))
     return folder
 
 
@@ -70,6 +65,14 @@ def test_it_loses_less_than_before_on_documents_it_never_saw(recovered):
     assert recovered["curve"][0]["tokens"] == 0
     assert recovered["curve"][-1]["tokens"] == recovered["recovery"]["tokens"] == 24 * 256
     assert recovered["curve"][-1]["check_nats"] < recovered["curve"][0]["check_nats"]
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(home, monkeypatch):
+    monkeypatch.setattr(place, "available_memory", lambda: 1000)
+    monkeypatch.setattr(Session, "reference", lambda _: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"recover\.memory.*takes 0\.0 GiB and more") as caught:
+        recover(home / "run", options(home, seed=5))
+    assert "--point" in caught.value.hint
 
 
 def test_the_plan_says_what_was_trained(recovered, home):

@@ -146,12 +146,7 @@ def _quick():
 def home(tmp_path_factory):
     """A finished run whose budget leaves 2:4 out, and text to train on; latencies are arithmetic."""
     folder = tmp_path_factory.mktemp("searched")
-    tiny.make_model("llama", folder / "model", initializer_range=0.2, num_hidden_layers=1)
-    tiny.write_documents(folder / "data.jsonl", 16, 200)
-    letters = np.random.default_rng(7).integers(97, 123, 6000)
-    (folder / "more.txt").write_text(bytes(letters.tolist()).decode())
-    settings = tiny.settings(folder / "model", folder / "run", folder / "data.jsonl", max_loss=0.5, trials=4)
-    tune(RunConfig.of(**settings, schemes=("w8a16-int8", "2:4+w4a8-int4-g64")))
+    tune(RunConfig.of(**tiny.trainable(folder), schemes=("w8a16-int8", "2:4+w4a8-int4-g64")))
     return folder
 
 

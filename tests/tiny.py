@@ -143,3 +143,12 @@ def settings(model: Path, out: Path, data: Path, **changes: object) -> dict[str,
     values |= {"max_loss": 0.5, "trials": 10, "calibration_tokens": 200, "score_tokens": 200, "score_length": 48}
     values |= {"score_draws": 1, "search_tokens": 200, "search_length": 48, "certify_tokens": 600, "finalists": 2}
     return values | {"measured_points": 3} | changes
+
+
+def trainable(folder: Path) -> dict[str, object]:
+    """Settings of a run in `folder`, whose model and documents are made here, and beside them text to train on."""
+    make_model("llama", folder / "model", initializer_range=0.2, num_hidden_layers=1)
+    write_documents(folder / "data.jsonl", 16, 200)
+    letters = np.random.default_rng(7).integers(97, 123, 6000)
+    (folder / "more.txt").write_text(bytes(letters.tolist()).decode())
+    return settings(folder / "model", folder / "run", folder / "data.jsonl", trials=4)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from autotune import samples
 from autotune.compress.database import WeightDatabase
-from autotune.errors import UsageError
+from autotune.errors import InputError, UsageError
 from autotune.model import load_tokenizer
-from autotune.place import cuda_device
+from autotune.place import Place, cuda_device
 from autotune.recover import texts
 from autotune.recover.distill import BATCH_TOKENS, BLOCK_SHARE, RATE, Distillation, Recipe
 from autotune.recover.quantizer import Master
@@ -24,6 +25,9 @@ from autotune.store import digest, read_json, write_json
 
 SEARCHED = "searched"  # as `--point` takes it: the search once more, with what training wins back (`searched.py`)
 TOKENS = 1_000_000  # where nothing is said
+_STATE_BYTES = (
+    16  # of a trained weight: master, sum of gradients, two moments; besides what is multiplied and its gradient
+)
 VERSION = "recover/2"  # part of every key; change it whenever the codes would change
 
 
@@ -74,8 +78,13 @@ class Job:
         )
 
     def distillation(self, recipe: Recipe, device: torch.device, model: nn.Module | None = None) -> Distillation:
-        """`model`: the dense one on the device, where there is one; the student gives it back."""
+        """`model`: the dense one on the device, where there is one; the student gives it back.
+
+        Raises:
+            InputError: `recover.memory`.
+        """
         spec = self.session.spec
+        self._check_memory(device, model is None)
         masters = {
             group.name: Master(self.database.load(group, self.chosen[group.name]), device)
             for group in spec.groups
@@ -83,6 +92,22 @@ class Job:
         }
         dense = self.session.reference().to(device) if model is None else model
         return Distillation(Student(dense, spec, masters), self.sequences, recipe)
+
+    def _check_memory(self, device: torch.device, loads: bool) -> None:
+        """Refuses what cannot fit whatever the activations take, before anything is loaded."""
+        spec = self.session.spec
+        item = 2 if self.session.arithmetic == "bf16" else 4
+        trained = sum(group.weights for group in spec.groups if group.name in self.groups)
+        needed = trained * (_STATE_BYTES + 2 * item) + (samples.parameters(spec) * item if loads else 0)
+        free = Place(device).available_bytes
+        if 0 < free < needed:
+            what = f"training {trained / 1e6:,.0f}M weights takes {_gib(needed)} and more, and {_gib(free)} are free."
+            hint = "Take a --point that compresses less, another --device, or a machine with more memory."
+            raise InputError("recover.memory", what, hint)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def device_of(name: str) -> torch.device:

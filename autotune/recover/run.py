@@ -59,7 +59,8 @@ def recover(
 
     Raises:
         UsageError: `recover.budget`, `recover.latency_only`, `recover.device`.
-        InputError: `config.missing`, `plan.choose`, `plan.point`, `recover.nothing`, `recover.too_few`, `data.*`.
+        InputError: `config.missing`, `plan.choose`, `plan.point`, `recover.nothing`, `recover.too_few`,
+            `recover.memory`, `data.*`.
         InfeasibleError: `recover.no_candidate` where a search promises nothing faster within the budget.
         VerificationError: `recover.no_gain` when training did not lower the loss.
         BusyError: `store.locked`.
