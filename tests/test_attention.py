@@ -109,13 +109,32 @@ def test_prompts_attend_natively(kind, monkeypatch):
 
 
 @pytest.mark.skipif(not flash.available(), reason="no native attention of prompts on this CPU")
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_text_that_goes_on_attends_natively(kind, monkeypatch):
+    made, ids = model(kind, torch.bfloat16, head_dim=32), torch.randint(1, 256, (2, 70))
+    with torch.inference_mode():
+        expected = made(ids).logits[:, 41:].float()
+        assert fuse_attention(made)
+        cache = made(ids[:, :41], use_cache=True).past_key_values
+        calls = []
+        monkeypatch.setattr(flash, "attend", lambda *given, call=flash.attend: (calls.append(given), call(*given))[1])
+        found = made(ids[:, 41:], past_key_values=cache).logits.float()
+    assert [given[1].shape[2] for given in calls] == [70, 70]
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.skipif(not flash.available(), reason="no native attention of prompts on this CPU")
 def test_what_the_native_prompt_is_not_for(monkeypatch):
-    """Padding, gradients, dropout, and new tokens that follow others."""
+    """Padding, windows, gradients, dropout, and a causal text without its beginning."""
     host = torch.nn.Module()
-    query, key = torch.randn(1, 4, 9, 32).bfloat16(), torch.randn(1, 4, 9, 32).bfloat16()
+    query, key = torch.randn(2, 4, 9, 32).bfloat16(), torch.randn(2, 4, 9, 32).bfloat16()
     monkeypatch.setattr(flash, "attend", lambda *_: pytest.fail("ran natively"))
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    plain, padded = seen.tril(), seen.tril()
+    padded[1, :, :, 0] = False
     with torch.no_grad():
-        module.attention(host, query, key, key, torch.ones(1, 1, 9, 9, dtype=torch.bool))
+        for mask in (seen, padded, plain.triu(-3), seen.tril(1), plain.bfloat16()):
+            module.attention(host, query, key, key, mask)
         module.attention(host, query, key, key, None, dropout=0.5)
         module.attention(host, query[:, :, :3], key, key, None)
     module.attention(host, query.requires_grad_(), key, key, None)
