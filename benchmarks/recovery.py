@@ -168,7 +168,8 @@ def train(
 
 
 def _show(done: int, total: int, note: str) -> None:
-    print(f"\r{done}/{total} {note}    ", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} {note}    ", end="", file=sys.stderr, flush=True)
 
 
 def row(state: str, found: Evaluation, dense: float, seconds: float) -> dict[str, Any]:
