@@ -1,7 +1,7 @@
 """fp32 products on a CPU by the faster of the two libraries that torch carries.
 
 torch multiplies fp32 matrices with MKL, which on AMD's CPUs stays with 256-bit vectors. oneDNN, which torch takes for
-bf16, does not: on Zen 5 it is 2.0 to 2.4 times as fast from some 16 rows on. Losses, compression and recovery are fp32
+bf16, does not: on Zen 5 it is 1.9 to 2.3 times as fast from 64 rows on. Losses, compression and recovery are fp32
 products for the most part. Everywhere else, and for few rows, these are torch's own.
 """
 
@@ -66,7 +66,7 @@ def _served(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.numel() >= _FEW * x.shape[-1] > 0
         and weight.numel() > 0
         and not torch.compiler.is_compiling()
-        and _wider()
+        and differs()
     )
 
 
@@ -82,8 +82,8 @@ def _operator(*arguments: Any) -> Any:
 
 
 @cache
-def _wider() -> bool:
-    """Whether oneDNN has vectors here that MKL does not use."""
+def differs() -> bool:
+    """Whether oneDNN has vectors here that MKL does not use, and so is taken."""
     cpu = detect_cpu()
     operator = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
     return operator and torch.backends.mkl.is_available() and "AMD" in cpu.model and "avx512f" in cpu.features

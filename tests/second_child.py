@@ -314,7 +314,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 @contextmanager
 def same_arithmetic() -> Iterator[None]:
     """Meanwhile the CPU computes as the second device does."""
-    rounding.native.available = sweep.native.available = products._wider = lambda: False
+    rounding.native.available = sweep.native.available = products.differs = lambda: False
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

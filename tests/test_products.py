@@ -13,7 +13,7 @@ from autotune.kernels.products import accumulate, linear, matmul
 def way(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_wider", lambda: request.param)
+    monkeypatch.setattr(products, "differs", lambda: request.param)
     return request.param
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from autotune import samples
 from autotune.compress.database import WeightDatabase
 from autotune.errors import InputError, UsageError
+from autotune.kernels.allocator import give_back
 from autotune.model import load_tokenizer
 from autotune.place import Place, cuda_device
 from autotune.recover import texts
@@ -25,9 +26,7 @@ from autotune.store import digest, read_json, write_json
 
 SEARCHED = "searched"  # as `--point` takes it: the search once more, with what training wins back (`searched.py`)
 TOKENS = 1_000_000  # where nothing is said
-_STATE_BYTES = (
-    16  # of a trained weight: master, sum of gradients, two moments; besides what is multiplied and its gradient
-)
+_STATE_BYTES = 16  # of a trained weight: master, sum of gradients, two moments
 VERSION = "recover/2"  # part of every key; change it whenever the codes would change
 
 
@@ -98,7 +97,9 @@ class Job:
         spec = self.session.spec
         item = 2 if self.session.arithmetic == "bf16" else 4
         trained = sum(group.weights for group in spec.groups if group.name in self.groups)
+        # Besides its state there are what is multiplied and its gradient.
         needed = trained * (_STATE_BYTES + 2 * item) + (samples.parameters(spec) * item if loads else 0)
+        give_back()  # freed memory that the process keeps would not count as free
         free = Place(device).available_bytes
         if 0 < free < needed:
             what = f"training {trained / 1e6:,.0f}M weights takes {_gib(needed)} and more, and {_gib(free)} are free."

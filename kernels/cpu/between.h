@@ -8,7 +8,6 @@
 template <typename T>
 void rotate(T* x, const T* cosines, const T* sines, int64_t rotary) {
     const int64_t half = rotary / 2;
-#pragma omp simd
     for (int64_t j = 0; j < half; ++j) {
         const float a = wide(x[j]), b = wide(x[j + half]);
         const float turned_a = rounded<T>(a * wide(cosines[j])) + rounded<T>(-b * wide(sines[j]));
